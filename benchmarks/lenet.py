@@ -1,0 +1,103 @@
+"""LeNet-300-100 and LeNet-5 on Fashion-MNIST: how small within 0.3 points, median of five seeds.
+
+    python benchmarks/lenet.py --net lenet_300_100 --size 60x --seeds 0 1 2 3 4
+
+Every seed trains its own original (examples/train_fashion_mnist.py), compresses it to the size given, and touches the
+test set once. The size was chosen on the validation split (part of the training set) of seed 0. Figures go to
+benchmarks/results/NET.json; seeds that are there already are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import pared
+from pared import sources
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+
+def original(net: str, seed: int) -> torch.nn.Module:
+    import lenet
+
+    weights = ROOT / "examples" / "weights" / f"{net}-seed{seed}.safetensors"
+    if not weights.exists():
+        script = ROOT / "examples" / "train_fashion_mnist.py"
+        subprocess.run([sys.executable, script, "--net", net.replace("_", "-"), "--seed", str(seed)], check=True)
+    model = getattr(lenet, net)()
+    model.load_state_dict(load_file(weights))
+    return model.eval()
+
+
+def one(net: str, seed: int, size: str, recipe: str) -> dict[str, object]:
+    model = original(net, seed)
+    task = sources.data("fashion-mnist", model, seed=seed).task
+    start = time.perf_counter()
+    result = pared.compress(model, task, recipe=recipe, size=size, seed=seed, progress=say)
+    data = result.data
+    return {
+        "seed": seed,
+        "size": size,
+        "file_bytes": data["after"]["file_bytes"],
+        "ratio": data["before"]["file_bytes"] / data["after"]["file_bytes"],
+        "accuracy_before": data["before"]["metric"]["value"],
+        "accuracy_after": data["after"]["metric"]["value"],
+        "drop_pp": data["drop_pp"],
+        "validation_drop_pp": data["trials"][-1]["drop_pp"],
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def say(event: dict[str, object]) -> None:
+    if "say" in event:
+        print(event["say"], flush=True)
+    elif event.get("score") is not None:
+        print(f"  epoch {event['epoch']}: loss {event['loss']:.4f}, validation {event['score']:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=("lenet_300_100", "lenet_5"), required=True)
+    parser.add_argument("--size", required=True)
+    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "extreme.yaml"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for seed in arguments.seeds:
+        path = arguments.results / f"{arguments.net}-seed{seed}.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if found.get("size") != arguments.size:
+            found = one(arguments.net, seed, arguments.size, arguments.recipe)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found), flush=True)
+    rows = [json.loads(path.read_text()) for path in sorted(arguments.results.glob(f"{arguments.net}-seed*.json"))]
+    rows = [row for row in rows if row["size"] == arguments.size]
+    summary = {
+        "net": arguments.net,
+        "seeds": len(rows),
+        "ratio_median": statistics.median(row["ratio"] for row in rows),
+        "file_bytes_median": statistics.median(row["file_bytes"] for row in rows),
+        "drop_pp_median": statistics.median(row["drop_pp"]["value"] for row in rows),
+        "accuracy_before_median": statistics.median(row["accuracy_before"] for row in rows),
+        "accuracy_after_median": statistics.median(row["accuracy_after"] for row in rows),
+        "runs": rows,
+    }
+    (arguments.results / f"{arguments.net}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in summary.items() if key != "runs"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

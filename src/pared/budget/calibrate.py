@@ -1,0 +1,449 @@
+"""Statistics from calibration data: how much the loss feels each tensor of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pared.budget.products import Product, Rows, product_of
+from pared.errors import InputError
+from pared.graph import Node, Operand, Program, interpret, trace
+from pared.graph.operators import find
+from pared.graph.program import Dynamic
+from pared.site import tensor_sites
+from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics, load, save
+from pared.task import Batch, Task, batch_size, class_logits, to_device_of
+
+__all__ = ["WIDEST", "gather", "load", "save"]
+
+N_EXAMPLES = 512
+WIDEST = 4096
+"""A matrix with a longer side is kept as its diagonal."""
+IGNORED = -100
+"""The target that cross entropy leaves out."""
+
+_PART = 4
+_FLOATS = 2**28
+_MACS = 4e11
+_WORK = 4e10
+"""Multiply-adds spent on one matrix: of wide ones a sample of the positions is used, never fewer than 8 per column."""
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def gather(
+    model: nn.Module,
+    task: Task,
+    *,
+    program: Program | None = None,
+    n_examples: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Curvature of the task's loss for every tensor of the model, from calibration data.
+
+    Uses as a matrix (linear, convolution, embedding, each gate of a recurrent layer): A = the mean over examples of the
+    sum over positions of x x^T, G = the mean over examples and positions of g g^T. All other uses (biases, gains,
+    norms, bare parameters): the squared gradient. Gradients are those of a sampled loss: of a label drawn from the
+    model's own prediction, at every position; for losses other than cross entropy of outputs moved by a standard
+    normal. Where a weight is used at several positions, G is scaled so that the trace is that of the whole gradient.
+
+    Args:
+        model: in eval mode, without coded tensors (`pared.site.plain`); it is not changed.
+        program: its graph; traced from the first calibration batch when None.
+        n_examples: at most so many examples; when None 512, fewer (not below 32) where one takes more than 8e8 MACs.
+        seed: of the sampled labels and positions.
+
+    Raises:
+        TraceError: the model has no graph.
+        InputError: a batch does not fit the graph.
+    """
+    batches = list(task.calibration(n_examples or N_EXAMPLES))
+    if not batches:
+        raise InputError("calibration data must hold at least one example, got none; check Task.calibration")
+    if program is None:
+        args, kwargs = _call(model, task, _slice(batches[0], 0, _PART))
+        program = trace(model, args, kwargs)
+    calibration = _Calibration(model, task, program, batches, seed, thrifty=n_examples is None)
+    return calibration.run(progress or (lambda event: None))
+
+
+def _call(model: nn.Module, task: Task, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which the task calls the model."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            task.outputs(model, batch)
+    finally:
+        hook.remove()
+    if len(calls) != 1:
+        raise InputError(f"Task.forward must call the model once per batch, it calls it {len(calls)} times; change it")
+    return calls[0]
+
+
+class _Interpreted(nn.Module):
+    """Runs a program op by op in the place of its model."""
+
+    def __init__(self, program: Program, root: nn.Module, observe: Callable[..., Any]) -> None:
+        super().__init__()
+        self.program, self.root, self.observe = program, root, observe
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return interpret(self.program, self.root, args, kwargs, self.observe)
+
+
+class _Calibration:
+    def __init__(
+        self, model: nn.Module, task: Task, program: Program, batches: list[Batch], seed: int, thrifty: bool
+    ) -> None:
+        self.task, self.program, self.batches = task, program, batches
+        self.random = torch.Generator().manual_seed(seed)
+        self.total = sum(batch_size(batch) for batch in batches)
+        self.thrifty = thrifty
+        self.n_seen = 0
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        # leaves of their own: the model's parameters keep their gradients and flags
+        leaves: dict[int, Tensor] = {}
+        for _, tensor in named:
+            if id(tensor) not in leaves:
+                leaf = tensor.detach()
+                if isinstance(tensor, nn.Parameter):
+                    leaf = nn.Parameter(leaf, requires_grad=False)
+                leaves[id(tensor)] = leaf.requires_grad_(leaf.is_floating_point())
+        state = {path: leaves[id(tensor)] for path, tensor in named}
+        self.root = program.root(state)
+        self.names = {path: site.path for site in tensor_sites(model) for path in site.paths}
+        self.leaves = {path: state[path] for path in dict.fromkeys(self.names.values())}
+        self.device = next((leaf.device for leaf in leaves.values()), torch.device("cpu"))
+        self.matrices: dict[tuple[str, Layout], _Matrix] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.slopes: dict[str, Tensor] = {}
+        self.norms: dict[str, _Norm] = {}
+        self.positions: dict[str, float] = {}
+        self.mixed: set[str] = set()
+        self.energy: dict[str, float] = {}
+        self.n_floats = self.n_now = 0
+        self.scouting = False
+
+    def run(self, progress: Progress) -> Statistics:
+        twin = _Interpreted(self.program, self.root, self._observe).eval()
+        self._scout(twin)
+        for batch in self.batches:
+            for part in self._parts(batch):
+                self.n_now = batch_size(part)
+                self._propagate(self.task.outputs(twin, part), part)
+                self._collect()
+                self.n_seen += self.n_now
+                progress({"doing": "calibrating", "done": min(self.n_seen, self.total), "total": self.total})
+                if self.n_seen >= self.total:
+                    return self._statistics()
+        if not self.n_seen:
+            raise InputError(
+                f"the model fixes the batch at {self.part_size} ({self.program.static_reason}), but no calibration "
+                "batch holds so many examples; use that batch size"
+            )
+        return self._statistics()
+
+    def _scout(self, twin: nn.Module) -> None:
+        """One forward pass that finds out how large parts may be, and which tensors are also used otherwise."""
+        fixed, free = self._leading_axes()
+        size = batch_size(self.batches[0])
+        self.part_size: int | None = fixed if fixed is not None else (1 if free else None)
+        if fixed is not None and fixed > size:
+            return
+        self.scouting = True
+        first = to_device_of(self.root, self.batches[0])
+        first = first if self.part_size in (None, size) else _slice(first, 0, self.part_size or size)
+        outputs = self.task.outputs(twin, first)
+        logits = 4 * class_logits(outputs, first)[0].numel() if self.task.classifies else 0
+        self.scouting = False
+        if self.thrifty:
+            macs = sum(n * self.leaves[path].numel() for path, n in self.positions.items()) / batch_size(first)
+            self.total = min(self.total, max(32, int(_MACS / max(macs, 1.0))))
+        self.positions.clear()
+        if free:
+            self.part_size = max(1, min(_PART, int(_FLOATS / max(1, self.n_floats + logits))))
+
+    def _leading_axes(self) -> tuple[int | None, bool]:
+        """The batch size if the program fixes it; whether the batch is free and the first axis of every input."""
+        shapes = [given.shape for given in self.program.inputs if given.shape]
+        leading = {shape[0] for shape in shapes}
+        if len(leading) != 1:
+            return None, False
+        (axis,) = leading
+        if not isinstance(axis, Dynamic):
+            return axis, False
+        return None, not any(axis in shape[1:] for shape in shapes)
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """Small batches: each gives one sample of the gradients that are not kept per example."""
+        batch = to_device_of(self.root, batch)
+        size = batch_size(batch)
+        if self.part_size is None or self.part_size == size:
+            yield batch
+            return
+        for start in range(0, size, self.part_size):
+            stop = min(start + self.part_size, size)
+            if self.program.static_reason is None or stop - start == self.part_size:
+                yield _slice(batch, start, stop)
+
+    # -- forward: inputs -----------------------------------------------------------------------------------------------
+
+    def _observe(self, index: int, node: Node, op: str, inputs: list[Any], run: Callable[..., Any]) -> Any:
+        product = product_of(op, node, inputs)
+        if product is not None:
+            return self._observe_product(product, inputs, run)
+        if op.split(".")[1] in ("batch_norm", "_native_batch_norm_legit_no_training"):
+            return self._observe_batch_norm(op, node, inputs, run)
+        self._note_other_uses(inputs)
+        try:
+            return run()
+        except (RuntimeError, NotImplementedError) as error:
+            if "derivative" not in str(error) and "require" not in str(error):
+                raise
+            return run(*_values(inputs, detach=lambda operand: operand.lineage is not None))
+
+    def _observe_product(self, product: Product, inputs: list[Any], run: Callable[..., Any]) -> Any:
+        lineage = product.operand.lineage
+        path = self.names.get(lineage.path) if lineage is not None else None
+        layout = product.layout(self.leaves[path].shape) if path is not None else None
+        self._note_other_uses(inputs, product.operand)
+        if path is None or layout is None:
+            self._note_other_uses([product.operand])
+            return run()
+        mixed = path in self.mixed
+        output = run(*_values(inputs, detach=lambda operand: mixed and operand is product.operand))
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        if product.counts_macs:
+            share = math.prod(layout.size) / self.leaves[path].numel()
+            self.positions[path] = self.positions.get(path, 0.0) + product.n_positions * share
+        if self.scouting:
+            self.n_floats += output.numel()
+            return output
+        matrix = self.matrices.setdefault((path, layout), _Matrix(layout))
+        with torch.no_grad():
+            matrix.see_inputs(product, self._sample(product.n_positions, layout.size[2]))
+        chosen = self._sample(product.n_positions, layout.size[1])
+        gradients = product.gradients
+        output.register_hook(lambda g: matrix.see_gradients(gradients(g, chosen)))
+        return output
+
+    def _note_other_uses(self, inputs: list[Any], product: Operand | None = None) -> None:
+        """Tensors used otherwise than as a matrix: their gradient is kept, so it must not hold that of products."""
+        for operand in inputs:
+            if isinstance(operand, list):
+                self._note_other_uses(operand)
+            elif operand is not product and operand.lineage is not None and operand.lineage.path in self.names:
+                self.mixed.add(self.names[operand.lineage.path])
+
+    def _sample(self, n_positions: int, side: int) -> Rows:
+        """Numbers of the positions to use for a matrix with this side, None for all."""
+        if side > WIDEST:
+            return None
+        share = self.n_now / self.total
+        most = math.ceil(max(8 * side, _WORK / side**2) * share)
+        if n_positions <= most:
+            return None
+        return torch.randint(n_positions, (most,), generator=self.random).to(self.device)
+
+    def _observe_batch_norm(self, op: str, node: Node, inputs: list[Any], run: Callable[..., Any]) -> Any:
+        """y = gain (x - mean) / sqrt(var + eps) + bias. Torch gives no gradient of mean and variance; those of gain and
+        bias tell it: d/d mean = -gain / std * d/d bias, d/d var = -gain / (2 var) * d/d gain."""
+        operator = find(op)
+        bound = operator.bind(inputs, node.kwargs) if operator is not None else {}
+        gain, bias, mean, var = (self._whole(bound[n]) for n in ("weight", "bias", "running_mean", "running_var"))
+        if gain is not None and bias is not None and mean is not None and var is not None:
+            eps = bound["eps"].value if isinstance(bound["eps"], Operand) else bound["eps"]
+            self.norms[mean] = _Norm(gain, bias, mean, var, float(eps))
+        self._note_other_uses(inputs)
+        statistics = [bound[name] for name in ("running_mean", "running_var")]
+        return run(*_values(inputs, detach=lambda operand: any(operand is each for each in statistics)))
+
+    def _whole(self, operand: Any) -> str | None:
+        """The path of the tensor that an operand is, if it is one of the model's and not a view of one."""
+        if not isinstance(operand, Operand) or operand.lineage is None or operand.lineage.views:
+            return None
+        return self.names.get(operand.lineage.path)
+
+    # -- backward: gradients -------------------------------------------------------------------------------------------
+
+    def _propagate(self, outputs: Any, batch: Batch) -> None:
+        """One backward pass of the sampled loss, summed over the examples of the batch."""
+        if not self.task.classifies:
+            leaves = pytree.tree_leaves(_as_tree(outputs))
+            found = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+            per_example = sum(t.numel() for t in found) / batch_size(batch)
+            pairs = [(t, self._normal(t) / math.sqrt(per_example)) for t in found if t.requires_grad]
+            if pairs:
+                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+            return
+        logits, targets = class_logits(outputs, batch)
+        if not logits.requires_grad:
+            return
+        with torch.no_grad():
+            rows = logits.float().movedim(1, -1).reshape(-1, logits.shape[1])
+            slope = rows.softmax(1)
+            draws = torch.rand(len(rows), 1, generator=self.random).to(rows.device)
+            # the tail of a float32 sum over a large vocabulary may end a little off 1: scale the draw by it
+            heights = slope.cumsum(1)
+            labels = torch.searchsorted(heights, draws * heights[:, -1:]).clamp_max(rows.shape[1] - 1)
+            slope.scatter_add_(1, labels, torch.full_like(draws, -1.0))
+            del heights
+            slope /= math.sqrt(len(rows) / len(logits))
+            if logits.ndim > 2 and targets is not None and bool((targets == IGNORED).any()):
+                counted = (targets != IGNORED).flatten(1)
+                n_counted = counted.sum(1, keepdim=True).clamp_min(1)
+                weight = counted * (counted.shape[1] / n_counted).sqrt()
+                slope *= weight.reshape(-1, 1).to(slope.dtype)
+            slope = slope.reshape(len(logits), *logits.shape[2:], -1).movedim(-1, 1).to(logits.dtype)
+        torch.autograd.backward([logits], [slope])
+
+    def _normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.random).to(like.device, like.dtype)
+
+    def _collect(self) -> None:
+        """Square what came back. Sampled gradients of different examples are independent and have mean zero, so the
+        square of a batch's sum is, in the mean, the sum of the squares."""
+        products = {path for path, _ in self.matrices}
+        for path, leaf in self.leaves.items():
+            if leaf.grad is not None and path in products and path not in self.mixed:
+                square = leaf.grad.float().square().sum(dtype=torch.float64)
+                self.energy[path] = self.energy.get(path, 0.0) + float(square)
+                leaf.grad = None
+            elif leaf.grad is not None:
+                self.slopes[path] = self.slopes.get(path, 0) + leaf.grad.float()
+                leaf.grad = None
+        for norm in self.norms.values():
+            if norm.gain in self.slopes and norm.bias in self.slopes:
+                scale = (self.leaves[norm.var].detach() + norm.eps).rsqrt()
+                step = self.leaves[norm.gain].detach() * scale
+                self.slopes[norm.mean] = -step * self.slopes[norm.bias]
+                self.slopes[norm.var] = -0.5 * step * scale * self.slopes[norm.gain]
+        for path, slope in self.slopes.items():
+            if path in self.squares:
+                self.squares[path].addcmul_(slope, slope)
+            else:
+                self.squares[path] = slope.square()
+        self.slopes.clear()
+
+    def _statistics(self) -> Statistics:
+        curvatures: dict[str, Curvature] = {}
+        terms: dict[str, list[Kronecker | Diagonal]] = {path: [] for path in self.leaves}
+        for (path, _), matrix in self.matrices.items():
+            terms[path].append(matrix.term(self.n_seen))
+        for path, energy in self.energy.items():
+            if self.positions.get(path, 0.0) > self.n_seen:
+                terms[path] = _rescaled(terms[path], energy / self.n_seen)
+        for path, square in self.squares.items():
+            terms[path].append(Diagonal((square / self.n_seen).cpu()))
+        for path, found in terms.items():
+            if found and all(_is_finite(term) for term in found):
+                curvatures[path] = Curvature(self.leaves[path].shape, found)
+        return Statistics(curvatures, {path: n / self.n_seen for path, n in self.positions.items()})
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The paths of the tensors of one batch norm."""
+
+    gain: str
+    bias: str
+    mean: str
+    var: str
+    eps: float
+
+
+class _Matrix:
+    """Sums for one use of a tensor as a matrix."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.inputs: Tensor | None = None
+        self.gradients: Tensor | None = None
+        self.n_gradients = 0
+
+    def see_inputs(self, product: Product, chosen: Rows) -> None:
+        groups, _, n = self.layout.size
+        x = product.inputs(chosen).float()
+        if x.ndim == 2:  # an embedding: counts
+            self.inputs = x if self.inputs is None else self.inputs.add_(x)
+            return
+        share = 1.0 if chosen is None else product.n_positions / len(chosen)
+        self.inputs = _add_outer(self.inputs, x, groups, n, share)
+
+    def see_gradients(self, g: Tensor) -> None:
+        groups, m, _ = self.layout.size
+        self.gradients = _add_outer(self.gradients, g.float(), groups, m, 1.0)
+        self.n_gradients += g.shape[1]
+
+    def term(self, n_examples: int) -> Kronecker:
+        groups, m, n = self.layout.size
+        inputs = self.inputs if self.inputs is not None else torch.zeros(groups, n)
+        gradients = self.gradients if self.gradients is not None else torch.zeros(groups, m)
+        return Kronecker((inputs / n_examples).cpu(), (gradients / max(self.n_gradients, 1)).cpu(), self.layout)
+
+
+def _add_outer(total: Tensor | None, rows: Tensor, groups: int, side: int, share: float) -> Tensor:
+    """total + share * the sum over positions of r r^T, rows (groups, positions, side); its diagonal if side is wide."""
+    wide = side > WIDEST
+    if total is None:
+        total = torch.zeros((groups, side) if wide else (groups, side, side), device=rows.device)
+    if wide:
+        return total.add_(rows.square().sum(1), alpha=share)
+    if groups == 1:
+        total[0].addmm_(rows[0].T, rows[0], alpha=share)
+        return total
+    return total.baddbmm_(rows.transpose(1, 2), rows, alpha=share)
+
+
+def _rescaled(terms: list[Kronecker | Diagonal], energy: float) -> list[Kronecker | Diagonal]:
+    """The same curvature with the trace that was seen: E |sum over positions of g x^T|^2.
+
+    G and A alone leave out that gradients of neighbouring positions agree, which matters where a weight is used many
+    times over (the hidden-to-hidden weights of a recurrent layer are out by a factor of five without it).
+    """
+    products = [term for term in terms if isinstance(term, Kronecker)]
+    trace = sum(float(term.diagonal().sum(dtype=torch.float64)) for term in products)
+    if not (trace > 0 and energy > 0 and math.isfinite(energy)):
+        return terms
+    factor = energy / trace
+    return [replace(t, gradients=t.gradients * factor) if isinstance(t, Kronecker) else t for t in terms]
+
+
+def _is_finite(term: Kronecker | Diagonal) -> bool:
+    held = (term.hessian,) if isinstance(term, Diagonal) else (term.inputs, term.gradients)
+    return all(bool(torch.isfinite(tensor).all()) for tensor in held)
+
+
+def _values(inputs: list[Any], detach: Callable[[Operand], bool]) -> list[Any]:
+    """The operands' values, some of them cut off from the gradient."""
+    found: list[Any] = []
+    for operand in inputs:
+        if isinstance(operand, list):
+            found.append(_values(operand, detach))
+        else:
+            cut = isinstance(operand.value, Tensor) and detach(operand)
+            found.append(operand.value.detach() if cut else operand.value)
+    return found
+
+
+def _as_tree(outputs: Any) -> Any:
+    """Outputs as nested lists and dicts (model output classes are mappings that pytree may not know)."""
+    return dict(outputs.items()) if hasattr(outputs, "items") else outputs
+
+
+def _slice(batch: Batch, start: int, stop: int) -> Batch:
+    size = batch_size(batch)
+    return pytree.tree_map(
+        lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf, batch
+    )
+
+

@@ -1,0 +1,843 @@
+"""compress(): one budget over all techniques. Options, plan, training, measuring, in this order; resumable."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import pared
+from pared import artifact, registry
+from pared import recipe as recipes
+from pared.budget.allocate import Plan, allocate, curve, smallest
+from pared.budget.calibrate import gather
+from pared.budget.options import fixed_bits, options
+from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
+from pared.errors import BudgetError, InputError
+from pared.measurement import Measurement, measure
+from pared.measurement.quality import Drop, Quality, drop, evaluate
+from pared.measurement.size import original_bytes
+from pared.place import (
+    Progress,
+    Refusal,
+    check_finite,
+    place,
+    place_buffers_,
+    prepared,
+    relax_,
+    settle_,
+)
+from pared.recipe import Recipe, Step
+from pared.record import Record, attach_, record_of
+from pared.report import report as write_report
+from pared.runfolder import RunFolder, write_whole
+from pared.site import duplicate, plain
+from pared.statistics import Statistics
+from pared.task import Task, batch_size
+from pared.technique import Edit, Option
+from pared.train import train as train_loop
+
+MAX_TRIALS = 6
+"""How many plans are trained and verified at most while the accepted drop is used up."""
+MAX_CHEAP_TRIALS = 16
+"""The same for plans that need no training."""
+SIZE_TOLERANCE = 0.01
+"""A plan this close below the size asked for is close enough."""
+
+
+@dataclass
+class Trial:
+    """One plan, carried out and verified on validation data."""
+
+    number: int
+    target_bytes: float
+    trained: bool
+    model: nn.Module
+    edits: list[Edit]
+    plan: Plan
+    file_bytes: int
+    quality: Quality
+    drop: Drop
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def row(self, accepted: bool) -> dict[str, Any]:
+        return {
+            "bytes": self.file_bytes,
+            "predicted_damage": self.plan.damage,
+            "metric": self.quality.value,
+            "drop_pp": self.drop.value,
+            "accepted": accepted,
+            "epochs": len(self.history),
+            "seconds": self.seconds,
+        }
+
+
+@dataclass
+class Result:
+    """What compress() found.
+
+    Args:
+        model: the compressed model, in eval mode; `pared.save` writes it, `save` does, too.
+        edits: what was done, in order.
+        before, after: measurements of the original and of the compressed model on the test data.
+        refusals: sites that techniques left alone, with reasons.
+        met: whether the whole budget is met.
+        data: everything that the report shows, with the keys of docs/report.md.
+    """
+
+    model: nn.Module
+    edits: list[Edit]
+    before: Measurement
+    after: Measurement
+    refusals: list[Refusal]
+    met: bool
+    data: dict[str, Any]
+    store: str = "smallest"
+
+    def save(self, path: str | Path) -> None:
+        """Write the compressed model as one file."""
+        artifact.save(self.model, path, store=self.store)
+
+    def report(self, path: str | Path) -> None:
+        """Write the report as one self-contained HTML page."""
+        write_report(self.data, path)
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    recipe: str | Path | dict[str, Any] | Recipe | None = None,
+    size: str | float | None = None,
+    macs: str | float | None = None,
+    latency: str | None = None,
+    max_drop: float | None = None,
+    train: bool = True,
+    out: str | Path | None = None,
+    seed: int = 0,
+    *,
+    store: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Result:
+    """Make a trained model smaller within a budget, and measure what it costs.
+
+    Args:
+        model: a trained network; it is not changed.
+        task: its data, loss and metric.
+        recipe: a YAML file, the name of a shipped recipe, or a dict; None is the default recipe.
+        size: of the whole file: "20x", "5%", "1.2MB".
+        macs: multiply-adds: "2x", "50%", "300M".
+        latency: "3x" or "3x@onnxruntime".
+        max_drop: accepted drop of the metric in points; alone, it asks for the smallest file within it.
+        train: recover by distillation from the original; False: post-training only.
+        out: folder for the results and for going on after an interruption.
+        seed: of everything random.
+        store: how the file's coder chooses, instead of the recipe's word.
+        progress: called with dicts that tell what is being done.
+        command: the command line, for the report.
+
+    Raises:
+        InputError: model, data or recipe cannot be used; one line says why.
+        BudgetError: even the smallest plan is above the budget; it was carried out, and the error's `result` holds it.
+    """
+    return _Run(model, task, recipe, size, macs, latency, max_drop, train, out, seed, store, progress, command).compress()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        recipe: Any,
+        size: Any,
+        macs: Any,
+        latency: Any,
+        max_drop: Any,
+        train: bool,
+        out: Any,
+        seed: int,
+        store: str | None,
+        progress: Progress | None,
+        command: str | None,
+    ) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.recipe = recipes.load(recipe)
+        self.store = store or self.recipe.store
+        budget = self.recipe.budget
+        self.asked = {
+            "size": size if size is not None else budget.get("size"),
+            "macs": macs if macs is not None else budget.get("macs"),
+            "latency": latency if latency is not None else budget.get("latency"),
+            "max_drop": max_drop if max_drop is not None else budget.get("max_drop"),
+        }
+        if all(value is None for value in self.asked.values()):
+            self.asked["max_drop"] = 0.5
+        self.task, self.train, self.seed, self.command = task, train, seed, command
+        self.progress = progress or (lambda event: None)
+        if record_of(model) is not None:
+            raise InputError("compress takes an original model, got one that pared has compressed; give it the original")
+        check_finite(model)
+        task.check(model)
+        self.original = duplicate(model).eval().requires_grad_(False)
+        self.base, self.bakes = prepared(model)
+        self.base.requires_grad_(True)
+        self.original_bytes = original_bytes(self.original)
+        self.target = self._target()
+        self.folder = RunFolder(out, self._identity())
+        self.correction = 1.0
+        self.trials: list[Trial] = []
+
+    # -- what is asked -------------------------------------------------------------------------------------------------
+
+    def _target(self) -> Target:
+        speedup, runtime = parse_latency(self.asked["latency"]) if self.asked["latency"] else (None, "torch")
+        total_macs = 0.0
+        if self.asked["macs"] is not None or speedup is not None:
+            from pared.measurement.compute import compute
+
+            args, kwargs = self.task.example()
+            per_example = batch_size(next(iter(self.task.val)))
+            total_macs = compute(self.original, args, kwargs).macs / per_example
+        self.total_macs = total_macs
+        return Target(
+            parse_size(self.asked["size"], self.original_bytes) if self.asked["size"] is not None else None,
+            parse_macs(self.asked["macs"], total_macs) if self.asked["macs"] is not None else None,
+            speedup,
+            runtime,
+            parse_drop(self.asked["max_drop"]) if self.asked["max_drop"] is not None else None,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path, tensor in sorted(self.original.state_dict().items()):
+            digest.update(path.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return {
+            "pared": pared.__version__,
+            "recipe": self.recipe.to_dict()["steps"],
+            "store": self.store,
+            "budget": self.asked,
+            "train": self.train,
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),
+            "model": digest.hexdigest(),
+        }
+
+    # -- the order of the diagram --------------------------------------------------------------------------------------
+
+    def compress(self) -> Result:
+        self._say(f"budget: {', '.join(f'{k} {v}' for k, v in self.asked.items() if v is not None)}")
+        self._say(f"recipe:\n{self.recipe.to_yaml()}")
+        self.reference = self._timed("evaluate", lambda: self._evaluate(self.original))
+        self.statistics = self._timed("calibrate", self._gather)
+        final = [step for step in self.recipe.steps if step.replaces]
+        if not final:
+            raise InputError("a recipe must have at least one step that replaces something, got none; add quantize.integer")
+        self._estimate(final)
+        try:
+            best, met, reason = self._search()
+        except BudgetError as error:
+            # the smallest plan is carried out all the same: the best found is saved, and said
+            self.warnings.append(str(error))
+            best = self._carry_out(self._plans_smallest(), 0.0, trained=False)
+            error.result = self._finish(best, False)  # type: ignore[attr-defined]
+            raise
+        if reason:
+            self.warnings.append(reason)
+            warnings.warn(reason, stacklevel=3)
+        return self._finish(best, met)
+
+    def _gather(self) -> Statistics:
+        from pared.budget import calibrate
+
+        if self.folder:
+            path = self.folder.file("state/statistics.safetensors")
+            if path.exists():
+                return calibrate.load(path)
+        statistics = gather(plain(self.base), self.task, seed=self.seed, progress=self.progress)
+        if self.folder:
+            write_whole(path, lambda temporary: calibrate.save(statistics, temporary))
+            return calibrate.load(path)  # the same numbers whether the run was interrupted or not
+        return statistics
+
+    def _estimate(self, steps: Sequence[Step]) -> None:
+        """Say how long it will take, from one timed batch and the number of candidates."""
+        batch = next(iter(self.task.val))
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.task.outputs(self.original, batch)
+        forward = (time.perf_counter() - start) / batch_size(batch)
+        numel = sum(p.numel() for p in self.base.parameters())
+        n_candidates = sum(len(step.candidates) for step in steps)
+        fitting = numel * n_candidates * 4e-7
+        n_val = sum(batch_size(b) for b in self.task.val)
+        per_trial = n_val * forward
+        epochs = sum((s.training.epochs + (s.training.tune_epochs or s.training.epochs // 3)) for s in steps if s.training)
+        text = f"about {_duration(fitting + 4 * per_trial)} for {n_candidates} candidates per site"
+        if self.train and epochs:
+            n_train = _length(self.task)
+            text += f", then {_duration(epochs * n_train * forward * 4)} for each of 1 to {MAX_TRIALS} trainings of {epochs} epochs"
+        self._say(f"estimate: {text}")
+
+    # -- options and plans ---------------------------------------------------------------------------------------------
+
+    def _options(self) -> list[tuple[list[list[Option]], list[Option]]]:
+        """For each way through the steps before the last: what they chose, and the last step's options."""
+        if not hasattr(self, "_ways"):
+            self._ways = self._timed("options", lambda: self._explore(0, self.base, self.statistics, []))
+        return self._ways
+
+    def _explore(
+        self, index: int, model: nn.Module, statistics: Statistics, chosen: list[list[Option]]
+    ) -> list[tuple[list[list[Option]], list[Option]]]:
+        steps = [step for step in self.recipe.steps if step.replaces]
+        found, refusals = options(model, list(steps[index].candidates), statistics, self.task, progress=self.progress)
+        if index == 0:
+            self.refusals = refusals
+            self.first_options = found
+        if index == len(steps) - 1:
+            return [(chosen, found)]
+        ways = []
+        for level in _levels(found):
+            twin = copy.deepcopy(model)
+            grown = Statistics(dict((p, c) for p in statistics if (c := statistics.curvature(p))), statistics.positions)
+            place(twin, level, grown)
+            ways += self._explore(index + 1, twin, grown, [*chosen, list(level)])
+        return ways
+
+    def _plan(self, file_bytes: float | None, macs: float | None) -> tuple[list[list[Option]], Plan]:
+        """The least damage within a budget, over all ways through the steps."""
+        best: tuple[list[list[Option]], Plan] | None = None
+        failure: BudgetError | None = None
+        for chosen, last in self._options():
+            covered = {path for option in last for path in option.site.covers}
+            limits: dict[str, float] = {}
+            if file_bytes is not None:
+                rest = fixed_bits(self._model_after(chosen), covered)
+                limits["size_bits"] = 8 * file_bytes / self.correction - rest
+            if macs is not None:
+                dense = sum(o.cost.macs for o in last if o.technique is None)
+                limits["macs"] = macs - max(0.0, self.total_macs - dense)
+            try:
+                plan = allocate(last, **limits)
+            except BudgetError as error:
+                failure = error
+                continue
+            damage = plan.damage + sum(option.damage for level in chosen for option in level)
+            if best is None or damage < best[1].damage:
+                best = (chosen, Plan(plan.options, plan.cost, damage, plan.gap, plan.seconds))
+        if best is None:
+            raise failure or BudgetError("no plan was found")
+        return best
+
+    def _plans_smallest(self) -> tuple[list[list[Option]], Plan]:
+        measure_name = "macs" if self.target.macs is not None and self.target.file_bytes is None else "stored_bits"
+        ways = [(chosen, smallest(last, measure_name)) for chosen, last in self._options()]
+        return min(ways, key=lambda way: getattr(way[1].cost, measure_name))
+
+    def _model_after(self, chosen: list[list[Option]]) -> nn.Module:
+        model = self.base
+        if chosen:
+            model = copy.deepcopy(model)
+            for level in chosen:
+                place(model, level, Statistics())
+        return model
+
+    # -- trials --------------------------------------------------------------------------------------------------------
+
+    def _search(self) -> tuple[Trial, bool, str]:
+        """The trial to keep, whether the budget is met, and what is to be said if it is not."""
+        target = self.target
+        if target.speedup is not None:
+            return self._search_latency()
+        if target.max_drop is None:
+            best = self._at_size(target.file_bytes, target.macs, self._trains)
+            return best, True, ""
+        if target.file_bytes is not None or target.macs is not None:
+            best = self._at_size(target.file_bytes, target.macs, trained=False)
+            if not self._accepts(best) and self._trains:
+                best = self._at_size(target.file_bytes, target.macs, trained=True)
+            if self._accepts(best):
+                return best, True, ""
+            if target.file_bytes is None:
+                return best, False, self._miss(best)
+            fallback = self._within_drop(target.file_bytes)
+            return (fallback, False, self._miss(fallback, best)) if fallback else (best, False, self._miss(best))
+        best_within = self._within_drop(None)
+        if best_within is None:
+            worst = min(self.trials, key=lambda trial: trial.drop.value)
+            return worst, False, self._miss(worst)
+        return best_within, True, ""
+
+    @property
+    def _trains(self) -> bool:
+        return self.train and any(step.training and step.training.epochs for step in self.recipe.steps)
+
+    def _accepts(self, trial: Trial) -> bool:
+        return self.target.max_drop is None or trial.drop.value <= self.target.max_drop + 1e-9
+
+    def _at_size(self, file_bytes: float | None, macs: float | None, trained: bool) -> Trial:
+        """A trial whose file is within the size: the estimate is corrected by what files of earlier trials weighed."""
+        trial = None
+        aim = file_bytes
+        for _ in range(4):
+            trial = self._carry_out(self._plan(aim, macs), aim or 0.0, trained=False)
+            if file_bytes is None or self._fits(trial, file_bytes):
+                break
+            aim = file_bytes * (1 - SIZE_TOLERANCE / 2)
+        if trained:
+            for shrink in (1.0, 0.97, 0.93):
+                aim = file_bytes * shrink if file_bytes is not None else None
+                trial = self._carry_out(self._plan(aim, macs), aim or 0.0, trained=True)
+                if file_bytes is None or trial.file_bytes <= file_bytes:
+                    break
+        if trial is None:
+            raise BudgetError("no plan was found")
+        if file_bytes is not None and trial.file_bytes > file_bytes:
+            raise BudgetError(
+                f"the plan nearest to the budget needs {trial.file_bytes / 1e6:.3g} MB but the budget is "
+                f"{file_bytes / 1e6:.3g} MB; raise the budget, or add smaller options to the recipe"
+            )
+        return trial
+
+    def _fits(self, trial: Trial, file_bytes: float) -> bool:
+        return trial.file_bytes <= file_bytes and (
+            trial.file_bytes >= file_bytes * (1 - 4 * SIZE_TOLERANCE) or trial.plan.damage <= 0
+        )
+
+    def _within_drop(self, at_least: float | None) -> Trial | None:
+        """The smallest trial within the accepted drop; first without training, then with it where that is allowed."""
+        low = 8 * self._smallest_bytes() / 8
+        high = float(self.original_bytes)
+        if at_least is not None:
+            low = max(low, at_least)
+        best, low, high = self._bisect(low, high, trained=False, n=MAX_CHEAP_TRIALS, best=None)
+        if self._trains:
+            # training reaches further down than the plan without it: go on from there
+            top = float(best.file_bytes) if best else high
+            bottom = max(top / 16, self._smallest_bytes(), at_least or 0.0)
+            best, _, _ = self._bisect(bottom, top, trained=True, n=MAX_TRIALS, best=best, start=top / 2.5)
+        return best
+
+    def _bisect(
+        self, low: float, high: float, *, trained: bool, n: int, best: Trial | None, start: float | None = None
+    ) -> tuple[Trial | None, float, float]:
+        """Bisection of the size on a logarithmic scale between one that is too small and one that is large enough."""
+        for step in range(n):
+            if high / low < (1.06 if trained else 1.03):
+                break
+            aim = max(low, start) if step == 0 and start is not None else math.sqrt(low * high)
+            try:
+                trial = self._carry_out(self._plan(aim, self.target.macs), aim, trained)
+            except BudgetError:
+                low = aim
+                continue
+            if self._accepts(trial):
+                if best is None or trial.file_bytes < best.file_bytes:
+                    best = trial
+                high = min(aim, float(trial.file_bytes))
+            else:
+                low = aim
+            if high <= low:
+                break
+        return best, low, high
+
+    def _smallest_bytes(self) -> float:
+        sizes = []
+        for chosen, last in self._options():
+            covered = {path for option in last for path in option.site.covers}
+            sizes.append(smallest(last).cost.stored_bits + fixed_bits(self._model_after(chosen), covered))
+        return 1.02 * self.correction * min(sizes) / 8
+
+    def _search_latency(self) -> tuple[Trial, bool, str]:
+        from pared.measurement.latency import compare
+        from pared.runtimes import session
+
+        wanted = self.target.speedup or 1.0
+        macs = self.target.macs or self.total_macs / wanted
+        args, kwargs = self.task.example()
+        trial, speedup = None, 0.0
+        for _ in range(4):
+            trial = self._at_size(self.target.file_bytes, macs, trained=False)
+            times = compare(
+                {
+                    "original": session(self.original, self.target.runtime, (args, kwargs)),
+                    "compressed": session(trial.model, self.target.runtime, (args, kwargs)),
+                }
+            )
+            speedup = times["original"].median / times["compressed"].median
+            self._say(f"{speedup:.2f}x faster in {self.target.runtime} at {macs / self.total_macs:.0%} of the MACs")
+            if speedup >= wanted:
+                break
+            macs *= max(0.5, 0.95 * speedup / wanted)
+        if trial is None:
+            raise BudgetError("no plan was found")
+        if self._trains:
+            trial = self._at_size(self.target.file_bytes, macs, trained=True)
+        met = speedup >= wanted and self._accepts(trial)
+        reason = "" if met else (
+            f"the budget is not met: {speedup:.2f}x faster in {self.target.runtime} (asked {wanted:g}x), "
+            f"drop {trial.drop.value:.2f}; the best found is kept"
+        )
+        return trial, met, reason
+
+    def _carry_out(self, way: tuple[list[list[Option]], Plan], target_bytes: float, trained: bool) -> Trial:
+        chosen, plan = way
+        number = len(self.trials) + 1
+        start = time.perf_counter()
+        steps = [step for step in self.recipe.steps if step.replaces]
+        model = copy.deepcopy(self.base)
+        edits = list(self.bakes)
+        history: list[dict[str, Any]] = []
+        statistics = Statistics(
+            {path: c for path in self.statistics if (c := self.statistics.curvature(path))}, self.statistics.positions
+        )
+        saved = self._saved(number)
+        levels = [*chosen, list(plan.options)]
+        self._say(
+            f"trial {number}: {len(plan.options)} edits, predicted {plan.cost.stored_bits / 8e3:.1f} kB coded"
+            f"{', training' if trained else ''}"
+        )
+        if saved is not None:
+            model, edits, history = saved
+        else:
+            for index, (step, level) in enumerate(zip(steps, levels, strict=True)):
+                if trained and step.training is not None and step.training.epochs:
+                    new, rows = self._trained(model, level, statistics, step, number * 100 + index)
+                    history += rows
+                else:
+                    new = place(model, level, statistics)
+                edits += new
+            model.eval()
+        attach_(model, Record(edits=edits, example=self.task.example(), recipe=self._recipe_of(levels)))
+        file_bytes = self._weigh(model, number)
+        predicted = plan.cost.stored_bits + fixed_bits(
+            self._model_after(chosen), {path for o in self._options()[0][1] for path in o.site.covers}
+        )
+        self.correction = 8 * file_bytes / max(predicted, 1.0)
+        quality = self._evaluate(model)
+        trial = Trial(
+            number, target_bytes, trained, model, edits, plan, file_bytes, quality,
+            drop(self.reference, quality, seed=self.seed), history, time.perf_counter() - start,
+        )
+        self.trials.append(trial)
+        for old in self.trials[:-1]:  # keep one model per kind of trial in memory
+            if old.file_bytes >= trial.file_bytes and old.drop.value >= trial.drop.value:
+                old.model = nn.Module()
+        if self.folder:
+            self.folder.memo(f"trial-{number}", lambda: {"history": history})
+        self._say(
+            f"trial {number}: {file_bytes / 1e3:.1f} kB ({self.original_bytes / file_bytes:.1f}x), "
+            f"drop {trial.drop.value:.2f} {trial.drop.unit} on validation"
+        )
+        return trial
+
+    def _trained(
+        self, model: nn.Module, level: list[Option], statistics: Statistics, step: Step, number: int
+    ) -> tuple[list[Edit], list[dict[str, Any]]]:
+        """Train stand-ins, let them settle, tune what is left to train with the codes frozen, code the buffers."""
+        training = step.training
+        if training is None:
+            raise ValueError("a step without training cannot be trained")
+        losses = list(step.losses) or [registry.get("distill.logits")()]
+        tune = training.tune_epochs if training.tune_epochs is not None else max(1, training.epochs // 3)
+
+        def run(part: int, epochs: int, rate: float | None, anneal_until: float) -> list[dict[str, Any]]:
+            if not epochs:
+                return []
+            history = train_loop(
+                model,
+                self.task,
+                epochs=epochs,
+                losses=losses,
+                teacher=self.original,
+                learning_rate=rate,
+                task_weight=1.0 if training.hard else None,
+                anneal_until=anneal_until,
+                validate=lambda m: self._evaluate(m).value,
+                seed=self.seed,
+                step=2 * number + part,
+                checkpoint=self.folder.file(f"state/training-{number}-{part}") if self.folder else None,
+                progress=self.progress,
+            )
+            return [{"step": number, "part": part, **row} for row in history.to_json()["epochs"]]
+
+        model.requires_grad_(True)
+        relax_(model, level, statistics)
+        rows = run(0, training.epochs, training.learning_rate, training.anneal_until)
+        edits = settle_(model, level, statistics)
+        rows += run(1, tune, training.learning_rate / 4 if training.learning_rate else None, 1.0)
+        model.eval()
+        edits += place_buffers_(model, level, statistics)
+        return edits, rows
+
+    def _saved(self, number: int) -> tuple[nn.Module, list[Edit], list[dict[str, Any]]] | None:
+        """The model of a trial that an interrupted run has finished."""
+        if not self.folder:
+            return None
+        path = self.folder.file(f"state/trial-{number}.pared")
+        note = self.folder.file(f"state/trial-{number}.json")
+        if not (path.exists() and note.exists()):
+            return None
+        model = artifact.load(path, duplicate(self.original))
+        record = record_of(model)
+        if record is None:
+            return None
+        return model.eval(), list(record.edits), json.loads(note.read_text(encoding="utf-8"))["history"]
+
+    def _weigh(self, model: nn.Module, number: int) -> int:
+        if self.folder:
+            path = self.folder.file(f"state/trial-{number}.pared")
+            artifact.save(model, path, store=self.store)
+            return path.stat().st_size
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.pared"
+            artifact.save(model, path, store=self.store)
+            return path.stat().st_size
+
+    def _evaluate(self, model: nn.Module) -> Quality:
+        model.eval()
+        return evaluate(model, self.task, self.task.val, reference=self.original)
+
+    def _miss(self, kept: Trial, asked: Trial | None = None) -> str:
+        unit = kept.drop.unit
+        text = f"the budget is not met: the accepted drop is {self.target.max_drop:g} {unit}"
+        if asked is not None:
+            text += f", but at {asked.file_bytes / 1e6:.3g} MB the drop is {asked.drop.value:.2f}"
+        text += f"; kept is {kept.file_bytes / 1e6:.3g} MB ({self.original_bytes / kept.file_bytes:.1f}x) with {kept.drop.value:.2f}"
+        worst = sorted(kept.plan.options, key=lambda option: -option.damage)[:3]
+        if worst:
+            text += f"; most damage comes from {', '.join(option.site.path for option in worst)}"
+        return text
+
+    # -- the result ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, best: Trial, met: bool) -> Result:
+        self._say("measuring")
+        if self.task.test is None:
+            self.warnings.append("there is no test data: final figures are on validation data, on which choices were made")
+        runtimes = tuple(dict.fromkeys(("torch", self.target.runtime)))
+        after = measure(best.model, self.task, against=self.original, runtimes=runtimes, seconds=3.0)
+        before = after.against
+        if before is None:
+            raise ValueError("measuring against the original must measure the original")
+        data = self._data(best, met, before, after)
+        result = Result(best.model, best.edits, before, after, self.refusals, met, data, self.store)
+        if self.folder:
+            folder = self.folder
+            artifact.save(best.model, folder.file("model.pared"), store=self.store)
+            data["after"]["file_bytes"] = folder.file("model.pared").stat().st_size
+            folder.write("recipe.yaml", self._recipe_of([list(best.plan.options)]))
+            folder.write("result.json", json.dumps(data, indent=1))
+            write_whole(folder.file("report.html"), lambda path: result.report(path))
+            folder.log(f"done: {best.file_bytes} bytes, drop {best.drop.value:.3f} on validation")
+            folder.clear_state()
+        return result
+
+    def _data(self, best: Trial, met: bool, before: Measurement, after: Measurement) -> dict[str, Any]:
+        measured = after.to_json()
+        sources = {"n_train": self.task.train, "n_val": self.task.val, "n_test": self.task.test}
+        found = {"pared": pared.__version__, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        return {
+            **found,
+            "model": {
+                "name": type(self.original).__name__,
+                "class": f"{type(self.original).__module__}.{type(self.original).__qualname__}",
+                "parameters": sum(p.numel() for p in self.original.parameters()),
+            },
+            "data": {
+                **{name: _count(loader) for name, loader in sources.items()},
+                "n_groups": after.metric.n_groups,
+                "calibration": self.task.calibration_source,
+            },
+            "budget": self.asked,
+            "seed": self.seed,
+            "before": before.to_json(),
+            "after": {key: value for key, value in measured.items() if key not in ("drop_pp", "agreement")},
+            "drop_pp": measured.get("drop_pp"),
+            "agreement": measured.get("agreement"),
+            "edits": self._edit_rows(best),
+            "refusals": [vars(refusal) for refusal in self.refusals],
+            "untouched": self._untouched(best),
+            "sensitivity": [
+                {
+                    "path": option.site.path,
+                    "technique": str(option.technique),
+                    "stored_bits": option.cost.stored_bits,
+                    "damage": option.damage,
+                }
+                for option in self.first_options
+                if option.technique is not None
+            ],
+            "predicted_measured": self._predicted_measured(best),
+            "curve": [{"bytes": bits / 8, "damage": damage} for bits, damage in curve(self._options()[0][1])],
+            "trials": [trial.row(trial is best) for trial in self.trials],
+            "training": best.history,
+            "recipe": self._recipe_of([list(best.plan.options)]),
+            "command": self.command,
+            "seconds": {**self.seconds, "total": time.perf_counter() - self.start},
+            "environment": {
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "cpu": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+            },
+            "warnings": self.warnings,
+            "met": met,
+        }
+
+    def _edit_rows(self, best: Trial) -> list[dict[str, Any]]:
+        sizes = _coded_bytes(best.model, self.store)
+        options = {option.site.path: option for option in best.plan.options}
+        rows = []
+        for edit in best.edits:
+            option = options.get(edit.paths[0])
+            site = edit.site(self.base) if option is not None else None
+            shape = list(_shape_of(self.base, site.covers[0])) if site is not None and site.covers else []
+            numel = math.prod(shape) if shape else 0
+            coded = sizes(edit.paths[0], edit.technique.kind)
+            rows.append(
+                {
+                    "paths": list(edit.paths),
+                    "technique": str(edit.technique),
+                    "settings": edit.technique.model_dump(mode="json"),
+                    "shape": shape,
+                    "bits_per_weight": 8 * coded / numel if numel else None,
+                    "bytes_before": 4 * numel,
+                    "bytes_after": coded,
+                    "damage_predicted": option.damage if option is not None else None,
+                }
+            )
+        return rows
+
+    def _untouched(self, best: Trial) -> list[dict[str, Any]]:
+        covered = {path for option in best.plan.options for path in option.site.covers}
+        reasons = {refusal.path: refusal.reason for refusal in self.refusals}
+        rows = []
+        for path, tensor in [*self.base.named_parameters(), *self.base.named_buffers()]:
+            if path not in covered:
+                reason = reasons.get(path) or (
+                    "left as it is by the plan" if tensor.is_floating_point() else "not a floating-point tensor"
+                )
+                rows.append({"path": path, "bytes": tensor.numel() * tensor.element_size(), "reason": reason})
+        return rows
+
+    def _predicted_measured(self, best: Trial, most: int = 48) -> list[dict[str, Any]]:
+        from pared.budget import damage
+
+        chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:most]
+        batches = list(self.task.calibration(64))
+        references = damage.references(self.original, self.task, batches)
+        twin = copy.deepcopy(self.base)
+        rows = []
+        for option in chosen:
+            if option.technique is None:
+                continue
+            from dataclasses import replace
+
+            site = replace(option.site, root=twin)
+            structure, parts = option.technique.solve(site, self.statistics)
+            rows.append(
+                {
+                    "path": option.site.path,
+                    "technique": str(option.technique),
+                    "predicted": option.damage,
+                    "measured": damage.measure(twin, site, parts, self.task, batches, references),
+                }
+            )
+        return rows
+
+    def _recipe_of(self, levels: list[list[Option]]) -> str:
+        """The recipe with every choice resolved, and what was chosen where."""
+        import yaml
+
+        whole = self.recipe.to_dict()
+        whole["budget"] = {key: value for key, value in self.asked.items() if value is not None}
+        chosen: dict[str, list[str]] = {}
+        for level in levels:
+            for option in level:
+                chosen.setdefault(str(option.technique), []).append(option.site.path)
+        text = yaml.safe_dump(whole, sort_keys=False, default_flow_style=None, width=110)
+        lines = [f"#   {technique}: {', '.join(paths)}" for technique, paths in chosen.items()]
+        return "\n".join([f"# seed {self.seed}; chosen:", *lines, text])
+
+    def _timed(self, name: str, make: Callable[[], Any]) -> Any:
+        self.progress({"phase": name})
+        start = time.perf_counter()
+        value = make()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return value
+
+    def _say(self, text: str) -> None:
+        self.folder.log(text)
+        self.progress({"say": text})
+
+
+def _levels(found: list[Option], n: int = 3) -> list[tuple[Option, ...]]:
+    """A few plans of a step that others follow: nothing, and some points along its own trade-off."""
+    points = curve(found, n=24)
+    if len(points) < 2:
+        return [()]
+    most, least = points[0][0], points[-1][0]
+    most, least = max(most, least), min(most, least)
+    plans: list[tuple[Option, ...]] = [()]
+    for share in [(index + 1) / (n + 1) for index in range(n)]:
+        try:
+            plans.append(allocate(found, size_bits=most - share * (most - least)).options)
+        except BudgetError:
+            continue
+    return plans
+
+
+def _coded_bytes(model: nn.Module, store: str) -> Callable[[str, str | None], int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pared"
+        artifact.save(model, path, store=store, program=False)
+        rows = artifact.inspect(path)["tensors"]
+
+    def coded(path: str, kind: str | None) -> int:
+        return sum(row["bytes"] for row in rows if row["path"] == path or row["path"].startswith(f"{path}."))
+
+    return coded
+
+
+def _shape_of(model: nn.Module, path: str) -> torch.Size:
+    from pared.technique import value_at
+
+    return value_at(model, path).shape
+
+
+def _count(loader: Any) -> int | None:
+    if loader is None:
+        return None
+    if hasattr(loader, "dataset") and hasattr(loader.dataset, "__len__"):
+        return len(loader.dataset)
+    if hasattr(loader, "n_examples"):
+        return int(loader.n_examples)
+    return sum(batch_size(batch) for batch in loader) if isinstance(loader, list) else None
+
+
+def _length(task: Task) -> int:
+    return _count(task.train) or sum(batch_size(batch) for batch in task.val)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

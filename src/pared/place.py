@@ -1,0 +1,204 @@
+"""Put techniques into a model: at once, or through trainable stand-ins that give way to what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pared import registry
+from pared.errors import InputError
+from pared.record import Record, attach_, record_of
+from pared.site import Decoded, Site, duplicate, install_, plain
+from pared.statistics import Curvature, Statistics
+from pared.task import Task
+from pared.technique import Edit, Option, StraightThrough, Structure, Technique, build
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A site that a technique left alone, and why."""
+
+    path: str
+    technique: str
+    reason: str
+    bytes: int
+
+
+def apply(
+    model: nn.Module,
+    task: Task | None,
+    technique: Technique | Sequence[Technique],
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Apply techniques by hand, without budget or training, wherever they act; works on a copy.
+
+    Args:
+        model: a trained model; it is not changed.
+        task: gives calibration data and the example to trace; None: weights only.
+        technique: one technique, a chain, or a list: later ones act on what earlier ones built.
+
+    Returns:
+        A copy in eval mode that `pared.save` accepts.
+
+    Raises:
+        InputError: a technique changes nothing; the message gives its first reason.
+    """
+    techniques = [technique] if isinstance(technique, Technique) else list(technique)
+    for item in techniques:
+        if not isinstance(item, Technique):
+            raise InputError(f"apply takes techniques such as quantize.Integer(bits=8), got {type(item).__name__}")
+    check_finite(model)
+    if task is not None:
+        task.check(model)
+    earlier = record_of(model)
+    twin, edits = prepared(model)
+    edits = [*(earlier.edits if earlier else ()), *edits]
+    statistics = Statistics()
+    if task is not None and any(reads_curvature(item) for item in techniques):
+        from pared.budget.calibrate import gather
+
+        statistics = gather(plain(twin), task)
+    for item in techniques:
+        if item.kind is None:
+            rewritten = item.prepare(twin, None, statistics)
+            if rewritten is None:
+                raise InputError(f"{item} must change something, but there was nothing to rewrite; drop it")
+            twin = rewritten
+            continue
+        placed, refusals = place_everywhere(twin, item, statistics)
+        if not placed:
+            reason = f": {refusals[0].path}: {refusals[0].reason}" if refusals else "; the model has no site for it"
+            raise InputError(f"{item} must change something, but it changes nothing{reason}")
+        edits += placed
+    example = task.example() if task is not None else (earlier.example if earlier else None)
+    attach_(twin, Record(edits=edits, example=example))
+    return twin.eval()
+
+
+def reads_curvature(technique: Technique) -> bool:
+    links = getattr(technique, "techniques", (technique,))
+    return any(Curvature in link.reads for link in links)
+
+
+def prepared(model: nn.Module) -> tuple[nn.Module, list[Edit]]:
+    """A copy in eval mode whose reparametrised weights (weight norm and the like) are plain, and the edits that did it."""
+    twin = duplicate(model).eval()
+    bake = registry.get("structure.bake")()
+    return twin, place_everywhere(twin, bake, Statistics())[0]
+
+
+def place_everywhere(
+    model: nn.Module, technique: Technique, statistics: Statistics
+) -> tuple[list[Edit], list[Refusal]]:
+    """Solve and install the technique at all its sites, in place; statistics grow by what the new parts see."""
+    edits, refusals = [], []
+    for site in list(technique.sites(model)):
+        if reason := technique.refuse(site):
+            refusals.append(Refusal(site.path, technique.name, reason, bytes_of(site)))
+            continue
+        structure, parts = technique.solve(site, statistics)
+        _put(site, technique, parts, statistics)
+        edits.append(Edit(technique, site.paths, structure))
+    return edits, refusals
+
+
+def place(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> list[Edit]:
+    """Build, fit and install chosen options on a model of the same structure, in place; returns the edits in order."""
+    edits = []
+    for option in in_order(options):
+        site, technique = _on(model, option), _technique(option)
+        edits.append(_fill(site, technique, option.structure, statistics))
+    return edits
+
+
+def relax_(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> None:
+    """Install the trainable stand-ins of chosen options, in place. Buffers wait: they are not trained."""
+    for option in in_order(options):
+        site, technique = _on(model, option), _technique(option)
+        if site.is_buffer:
+            continue
+        relaxed = technique.relax(site, option.structure, statistics)
+        if relaxed is not None:
+            install_(site, relaxed)
+
+
+def settle_(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> list[Edit]:
+    """Stand-ins give way to the parts that they stood for, in place; returns the edits in order.
+
+    Buffers stay as they are: `place_buffers_` codes them once training is over.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, Decoded) and isinstance(module.decoder, StraightThrough):
+            module.decoder = module.decoder.settle().requires_grad_(True)
+            module.train(module.training)
+    edits = []
+    for option in in_order(options):
+        site, technique = _on(model, option), _technique(option)
+        if site.is_buffer:
+            continue
+        edits.append(Edit(technique, site.paths, option.structure))
+    return edits
+
+
+def place_buffers_(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> list[Edit]:
+    """Code the buffers among the options, in place."""
+    edits = []
+    for option in in_order(options):
+        site = _on(model, option)
+        if site.is_buffer:
+            edits.append(_fill(site, _technique(option), option.structure, statistics))
+    return edits
+
+
+def in_order(options: Iterable[Option]) -> list[Option]:
+    """Modules first: what is in them (a bias) may be coded afterwards under the same path."""
+    chosen = [option for option in options if option.technique is not None]
+    return sorted(chosen, key=lambda option: option.site.kind != "module")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise an InputError that names the first tensor with NaN or infinity."""
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"weights must be finite, found NaN or infinity in {path}; repair or retrain the model")
+
+
+def bytes_of(site: Site) -> int:
+    """Bytes of the tensors that the site covers."""
+    state = dict([*site.root.named_parameters(remove_duplicate=False), *site.root.named_buffers(remove_duplicate=False)])
+    return sum(state[path].numel() * state[path].element_size() for path in site.covers if path in state)
+
+
+def _fill(site: Site, technique: Technique, structure: Structure, statistics: Statistics) -> Edit:
+    parts = build(technique, site, structure)
+    technique.fit(site, parts, statistics)
+    _put(site, technique, parts, statistics)
+    return Edit(technique, site.paths, structure)
+
+
+def _put(site: Site, technique: Technique, parts: nn.Module, statistics: Statistics) -> None:
+    inner = technique.inner(site, parts, statistics)
+    install_(site, parts)
+    inside = f"{site.path}." if site.kind == "module" else _inside(site)
+    statistics.update({f"{inside}{path}": curvature for path in inner if (curvature := inner.curvature(path))})
+
+
+def _inside(site: Site) -> str:
+    parent = site.path.rpartition(".")[0]
+    return f"{parent}{'.' if parent else ''}parametrizations.{site.name}.0.decoder."
+
+
+def _on(model: nn.Module, option: Option) -> Site:
+    return replace(option.site, root=model)
+
+
+def _technique(option: Option) -> Technique:
+    if option.technique is None:
+        raise ValueError(f"{option.site.path} is left as it is: there is no technique to apply")
+    return option.technique

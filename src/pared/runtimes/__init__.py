@@ -1,0 +1,119 @@
+"""Where a model runs: torch itself, compiled, ONNX Runtime, OpenVINO. Export, run and time it there."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pared.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pared.runtimes.onnx import Exported
+
+__all__ = ["RUNTIMES", "export", "run", "session"]
+
+RUNTIMES = {"torch": "eager", "compile": "compiled", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+"""Runtimes by name, and the file of this folder that knows each."""
+
+
+def export(
+    model_or_path: nn.Module | str | Path,
+    path: str | Path,
+    to: str = "onnx",
+    example: Any = None,
+    opset: int | None = None,
+) -> Exported:
+    """Write a model for another runtime, coded weights decoded, the batch axis free; compare with our own outputs.
+
+    Args:
+        model_or_path: a model, or a .pared file.
+        to: "onnx".
+        example: inputs of one call, with a batch axis: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments; default: the one that the model carries, or random inputs of the shapes in its file.
+        opset: of ONNX; default: the exporter's.
+
+    Raises:
+        ExportError: an operator that the format lacks, or outputs that differ by more than 1e-3 of their size.
+        MissingExtra: the exporter is not installed.
+    """
+    if to != "onnx":
+        raise InputError(f'export writes "onnx", got {to!r}')
+    from pared.runtimes import onnx
+
+    model = model_or_path if isinstance(model_or_path, nn.Module) else _loaded(model_or_path)
+    args, kwargs = _arguments(model, example)
+    return onnx.export(model, Path(path), args, kwargs, opset)
+
+
+def run(path: str | Path, *arrays: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
+    """Run a .pared or .onnx file on its inputs in order; gives its output, or a tuple of them."""
+    suffix = Path(path).suffix
+    if suffix == ".onnx":
+        from pared.runtimes import onnxruntime
+
+        outputs = onnxruntime.run(Path(path), arrays)
+    elif suffix == ".pared":
+        model = _loaded(path)
+        with torch.no_grad():
+            result = model(*(torch.as_tensor(array) for array in arrays))
+        leaves = pytree.tree_leaves(result)
+        outputs = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+    else:
+        raise InputError(f"run takes a .pared or .onnx file, got {path}")
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def session(
+    model: nn.Module,
+    runtime: str,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    threads: int | None = None,
+    call: Callable[[nn.Module], Any] | None = None,
+) -> Callable[[], Any]:
+    """A function without arguments that runs the model once in a runtime and returns when it is done.
+
+    Args:
+        example: positional and keyword arguments of the call.
+        threads: of runtimes with a pool of their own; torch's are set by whoever calls the function.
+        call: `(model) -> outputs`, where calling `model(*args, **kwargs)` is not right; only torch itself can do that.
+
+    Raises:
+        InputError: an unknown runtime.
+        ExportError: a model that the runtime cannot express.
+        MissingExtra: a runtime that is not installed.
+    """
+    return _runtime(runtime).session(model, *example, threads, call)
+
+
+def _runtime(name: str) -> ModuleType:
+    if name not in RUNTIMES:
+        near = difflib.get_close_matches(name, RUNTIMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"a runtime must be one of {', '.join(RUNTIMES)}, got {name!r}{hint}")
+    return importlib.import_module(f"{__name__}.{RUNTIMES[name]}")
+
+
+def _loaded(path: str | Path) -> nn.Module:
+    from pared import artifact
+
+    return artifact.load(path)
+
+
+def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example is None:
+        from pared.runtimes.example import example_of
+
+        return example_of(model)
+    if isinstance(example, dict):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}

@@ -1,0 +1,283 @@
+"""Adaptive binary coding in context: the smallest files for sparse matrices, decoded thirty times slower than rans.
+
+An integer is coded as decisions: is it zero, its sign, is its magnitude at least 2, 3, ... Every decision has five
+adaptive estimates: from all elements so far, from those of its column, of its row, of its block of columns (the input
+channel of a convolution), and from those that had the same neighbours to the left and above. They are mixed in the
+logistic domain, with weights that learn, and an arithmetic coder writes the decision with the mixed probability. No
+tables are sent. Integers only, so that every machine decodes the same.
+
+Paper   Mahoney 2005, Florida Tech CS-2005-16 (mixing); Wiedemann et al. 2020, arXiv:1907.11900 (DeepCABAC: decisions).
+Differs column and row statistics and mixing instead of one context of two neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+
+from pared.store._bits import BitReader, BitWriter, damaged, gamma_bits
+from pared.store._compiled import compiled
+from pared.store._symbols import LARGEST_ALPHABET, Symbols, check_range, entropy_bits, restore
+
+DECODE_NS = 30.0
+_SMALL = 1024  # symbols: up to here the loop runs in Python, and the coder is not worth estimating closely
+_SAMPLE, _LARGE_SAMPLE = 1 << 16, 1 << 20  # symbols, rounded to whole rows
+_PROMISING = 0.995  # of the entropy, on the sample
+_MOST_DECISIONS = 6.0  # per symbol, on average: wider alphabets are for the other coders
+_LEARNING_BITS = 4  # per symbol of the alphabet, where the estimate is not worth a pass
+
+_MEASURE, _ENCODE, _DECODE = 0, 1, 2
+_N_SLOTS = 20  # decisions with estimates of their own: zero, sign, magnitude >= 2 ... 19
+_N_OWN = 4  # of them, those that columns and blocks estimate for themselves
+_N_NEIGHBOURHOODS = 64
+_N_INPUTS = 5
+_BLOCK = 8  # columns, when the tensor has no kernel to go by
+_FEWEST_ROWS = 8  # of a matrix whose columns learn; it also bounds the memory for them by that of the matrix
+_REACH = 2816  # of the logistic domain, in 1/256: a probability of 1/65536 either way
+_LEAST = 24  # of 65536: no decision is surer than this
+_LONGEST_MEMORY = 1023  # decisions
+_SQUASH = (  # 65536 / (1 + exp(-x / 2)) for x = -22 ... 22, rounded
+    1, 2, 3, 5, 8, 13, 22, 36, 60, 98, 162, 267, 439, 720, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743, 32768,
+    40793, 47911, 53581, 57724, 60565, 62428, 63615, 64357, 64816, 65097, 65269, 65374, 65438, 65476, 65500, 65514,
+    65523, 65528, 65531, 65533, 65534, 65535,
+)  # fmt: skip
+
+
+def encode(values: np.ndarray, symbols: Symbols | None) -> bytes | None:
+    if symbols is None or _n_decisions(symbols) > _MOST_DECISIONS * symbols.n:
+        return None
+    zero = _zero(symbols)
+    writer = BitWriter()
+    writer.write_signed(symbols.lowest, 3)
+    writer.write_gamma(symbols.alphabet - 1, 3)
+    if symbols.alphabet == 1:
+        return writer.to_bytes()
+    writer.write(zero != -symbols.lowest, 1)
+    if zero != -symbols.lowest:
+        writer.write_gamma(zero, 3)
+    columns, block = _layout(values.shape)
+    codes = symbols.codes.astype(np.uint16)
+    room = np.zeros(64 + int(entropy_bits(symbols.counts) * 0.14), np.uint8)
+    size, _ = _run(_ENCODE, codes, symbols.alphabet, zero, columns, block, room)
+    if size > len(room):
+        room = np.zeros(size, np.uint8)
+        _run(_ENCODE, codes, symbols.alphabet, zero, columns, block, room)
+    return writer.to_bytes() + room[:size].tobytes().rstrip(b"\0")
+
+
+def decode(payload: memoryview, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    bits = BitReader(payload)
+    lowest = bits.read_signed(3)
+    alphabet = 1 + bits.read_gamma(3, LARGEST_ALPHABET - 1)
+    check_range(lowest, 0, dtype)
+    codes = np.zeros(math.prod(shape), np.uint16)
+    if alphabet == 1:
+        if len(bits.rest()):
+            raise damaged("nothing must follow the value of a constant tensor")
+        return restore(codes, lowest, shape, dtype)
+    zero = bits.read_gamma(3) if bits.read(1) else -lowest
+    if not 0 <= zero < alphabet:
+        raise damaged(f"the middle of the alphabet must be one of its {alphabet} symbols, got {zero}")
+    body = bits.rest()
+    size, _ = _run(_DECODE, codes, alphabet, zero, *_layout(shape), np.frombuffer(body, np.uint8).copy())
+    if not 0 <= len(body) <= size:
+        raise damaged(f"{codes.size} context-coded symbols must take all of {len(body)} bytes")
+    return restore(codes, lowest, shape, dtype)
+
+
+def estimate_bits(values: np.ndarray, symbols: Symbols | None) -> float | None:
+    if symbols is None or _n_decisions(symbols) > _MOST_DECISIONS * symbols.n:
+        return None
+    header = 9 + gamma_bits(symbols.alphabet - 1, 3) + gamma_bits(abs(2 * symbols.lowest), 3)
+    if symbols.alphabet == 1:
+        return header
+    order_0_bits = entropy_bits(symbols.counts)
+    if symbols.n <= _SMALL:
+        return header + order_0_bits + _LEARNING_BITS * int(np.count_nonzero(symbols.counts))
+    columns, block = _layout(values.shape)
+    ratio = 1.0
+    for size in (_SAMPLE, _LARGE_SAMPLE):
+        rows = symbols.codes.reshape(-1, columns)
+        sample = rows[:: max(1, symbols.n // size)].astype(np.uint16).reshape(-1)
+        _, bits = _run(_MEASURE, sample, symbols.alphabet, _zero(symbols), columns, block, np.zeros(0, np.uint8))
+        sample_bits = entropy_bits(np.bincount(sample))
+        ratio = bits / sample_bits if sample_bits else 1.0
+        if sample.size == symbols.n or ratio > _PROMISING:
+            break
+    return header + ratio * order_0_bits
+
+
+def _n_decisions(symbols: Symbols) -> int:
+    """How many decisions there are, but for the signs."""
+    magnitude = np.abs(np.arange(symbols.alphabet) - _zero(symbols))
+    return int((1 + np.minimum(magnitude, _N_SLOTS)) @ symbols.counts)
+
+
+def _zero(symbols: Symbols) -> int:
+    """The symbol that magnitudes are counted from: that of the value 0, or the most frequent one."""
+    return -symbols.lowest if 0 <= -symbols.lowest < symbols.alphabet else int(symbols.counts.argmax())
+
+
+def _layout(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Columns of the matrix that the tensor is read as, and how many of them make a block."""
+    if len(shape) < 2 or shape[0] < _FEWEST_ROWS:
+        return 1, 1
+    kernel = math.prod(shape[2:])
+    return kernel * shape[1], kernel if kernel > 1 else _BLOCK
+
+
+@cache
+def _tables() -> tuple[np.ndarray, ...]:
+    """Squash (probabilities of the logistic domain), stretch (its inverse), learning rates, bits by probability."""
+    knots = np.array([*_SQUASH, 0], np.int64)
+    knot, fraction = np.divmod(np.arange(2 * _REACH + 1), 128)
+    squash = (knots[knot] * (128 - fraction) + knots[knot + 1] * fraction + 64) // 128
+    stretch = np.minimum(np.searchsorted(squash, 16 * np.arange(4096) + 8), 2 * _REACH) - _REACH
+    rate = 131072 // (2 * np.arange(_LONGEST_MEMORY + 1) + 3)
+    cost = 12 - np.log2(np.arange(4096) + 0.5)  # for measuring only
+    return squash, stretch.astype(np.int64), rate, cost
+
+
+def _run(
+    mode: int, codes: np.ndarray, alphabet: int, zero: int, columns: int, block: int, stream: np.ndarray
+) -> tuple[int, float]:
+    """What _pass returns, from machine code or, for few codes, from Python. codes uint16, stream uint8."""
+    n_states = (2 + _N_NEIGHBOURHOODS) * _N_SLOTS + (columns + (columns - 1) // block + 1) * _N_OWN
+    states = (
+        np.full(n_states, 32768, np.int32),
+        np.zeros(n_states, np.int32),
+        np.full(_N_SLOTS * _N_INPUTS, 14418, np.int64),  # 0.22, in 1/65536
+        np.zeros(_N_INPUTS, np.int64),
+        np.zeros(_N_INPUTS, np.int64),
+    )
+    if codes.size > _SMALL:
+        size, bits = compiled(_pass)(mode, codes, alphabet, zero, columns, block, stream, states, _tables())
+        return int(size), float(bits)
+    lists = [[array.tolist() for array in arrays] for arrays in ((codes, stream), states, _tables())]
+    size, bits = _pass(mode, lists[0][0], alphabet, zero, columns, block, lists[0][1], *lists[1:])
+    if mode == _DECODE and size >= 0:
+        codes[:] = lists[0][0]
+    if mode == _ENCODE:
+        stream[:] = lists[0][1]
+    return size, bits
+
+
+def _pass(mode, codes, alphabet, zero, columns, block, stream, states, tables):
+    """Go through all decisions, learn from each, and measure, encode or decode it; return bytes of the stream and bits.
+
+    Encoding writes what fits into stream and returns how much it would take. Decoding fills codes, takes the bytes
+    after the end of stream for zeros, and returns how far it read, or -1 for a magnitude outside of the alphabet.
+    """
+    probability, count, weight, state, stretched = states
+    squash, stretch, rate, cost = tables
+    low, high, value = 0, 0xFFFFFFFF, 0
+    position = 0
+    length = len(stream)
+    bits = 0.0
+    if mode == _DECODE:
+        for _ in range(4):
+            value = value << 8 | (stream[position] if position < length else 0)
+            position += 1
+    neighbours = 2 * _N_SLOTS
+    columns_from = neighbours + _N_NEIGHBOURHOODS * _N_SLOTS
+    blocks_from = columns_from + _N_OWN * columns
+    for i in range(len(codes)):
+        column = i % columns
+        if column == 0:
+            for k in range(_N_SLOTS, neighbours):
+                count[k] = 0
+        left = codes[i - 1] - zero if column >= 1 else 0
+        left2 = codes[i - 2] - zero if column >= 2 else 0
+        above = codes[i - columns] - zero if i >= columns else 0
+        sizes = 16 * min(abs(left), 3) + 4 * min(abs(above), 3) + min(abs(left2), 3)
+        signs = 13 + 9 * ((left > 0) - (left < 0)) + 3 * ((above > 0) - (above < 0)) + (left2 > 0) - (left2 < 0)
+        target = codes[i] - zero
+        magnitude, limit, raw = 0, alphabet, 0
+        negative = zero == alphabet - 1
+        slot = 0
+        while magnitude < limit or raw > 0:
+            one = 32768
+            if raw == 0:
+                own = min(slot, _N_OWN - 1)
+                state[0] = slot
+                state[1] = columns_from + _N_OWN * column + own
+                state[2] = _N_SLOTS + slot
+                state[3] = neighbours + _N_NEIGHBOURHOODS * slot + (signs if slot == 1 else sizes)
+                state[4] = blocks_from + _N_OWN * (column // block) + own
+                mixed = 0
+                for k in range(_N_INPUTS):
+                    s = state[k]
+                    if count[s] == 0:
+                        probability[s] = probability[slot]
+                    stretched[k] = stretch[probability[s] >> 4]
+                    mixed += weight[_N_INPUTS * slot + k] * stretched[k]
+                one = squash[min(max(mixed >> 16, -_REACH), _REACH) + _REACH]
+                one = min(max(one, _LEAST), 65536 - _LEAST)
+            bit = False
+            if mode != _DECODE:
+                if raw > 0:
+                    bit = ((abs(target) - _N_SLOTS + 1) >> (raw - 1)) & 1 == 1
+                else:
+                    bit = target < 0 if slot == 1 else abs(target) > magnitude
+
+            if mode == _MEASURE:
+                bits += cost[one >> 4] if bit else cost[(65536 - one) >> 4]
+            else:
+                middle = low + ((high - low) * one >> 16)
+                if mode == _DECODE:
+                    bit = value <= middle
+                if bit:
+                    high = middle
+                else:
+                    low = middle + 1
+                while (low ^ high) >> 24 == 0:
+                    if mode == _DECODE:
+                        value = (value << 8 & 0xFFFFFFFF) | (stream[position] if position < length else 0)
+                    elif position < length:
+                        stream[position] = high >> 24
+                    position += 1
+                    low = low << 8 & 0xFFFFFFFF
+                    high = (high << 8 & 0xFFFFFFFF) | 255
+
+            if raw > 0:
+                raw -= 1
+                magnitude += (1 << raw) if bit else 0
+                continue
+            missed = (65536 if bit else 0) - one
+            aim = 65535 if bit else 0
+            for k in range(_N_INPUTS):
+                s = state[k]
+                weight[_N_INPUTS * slot + k] += (stretched[k] * missed + 32768) >> 16
+                probability[s] += (aim - probability[s]) * rate[count[s]] >> 16
+                count[s] = min(count[s] + 1, _LONGEST_MEMORY)
+            if slot == 1:
+                negative = bit
+            elif not bit:
+                break
+            else:
+                magnitude += 1
+            if slot == 0 and 0 < zero < alphabet - 1:
+                slot = 1
+                continue
+            limit = zero if negative else alphabet - 1 - zero
+            slot = magnitude + 1
+            if slot == _N_SLOTS:
+                while (limit - magnitude) >> raw > 0:
+                    raw += 1
+                limit = magnitude
+        if mode == _DECODE:
+            if magnitude > (zero if negative else alphabet - 1 - zero):
+                return -1, bits
+            codes[i] = zero - magnitude if negative else zero + magnitude
+    if mode == _ENCODE:  # the shortest number from low to high, zeros following it
+        shift = 32
+        while ((low + (1 << shift) - 1) >> shift) << shift > high:
+            shift -= 8
+        last = ((low + (1 << shift) - 1) >> shift) << shift
+        for k in range(24, shift - 1, -8):
+            if position < length:
+                stream[position] = last >> k & 255
+            position += 1
+    return position, bits
