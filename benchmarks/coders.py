@@ -51,9 +51,7 @@ def median_s(work: Callable[[], object], runs: int) -> float:
     return statistics.median(once() for _ in range(runs))
 
 
-def measured(
-    values: np.ndarray, runs: int, encode: Callable[[], bytes], decode: Callable[[bytes], object]
-) -> dict[str, float]:
+def measured(values: np.ndarray, runs: int, encode: Callable[[], bytes], decode: Callable[[bytes], object]) -> dict[str, float]:
     payload = encode()
     decode(payload)
     return {

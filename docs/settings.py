@@ -1,11 +1,13 @@
-"""Tables of settings: `{{ settings quantize.integer }}` in a page becomes what the technique's fields say."""
+"""Tables of settings: `{{ settings quantize.integer }}` in a technique's page becomes what its fields say."""
 
 import re
 
 from pared import registry
 
 
-def on_page_markdown(markdown, page=None, config=None, files=None):
+def on_page_markdown(markdown, page, config, files):
+    if not page.file.src_uri.startswith("techniques/"):
+        return markdown
     return re.sub(r"\{\{ settings ([a-z_.]+) \}\}", lambda match: table(match[1]), markdown)
 
 

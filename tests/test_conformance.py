@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 from unittest import SkipTest
 
@@ -44,9 +44,12 @@ def test_the_table_of_settings_is_made_from_the_fields() -> None:
     assert spec is not None and spec.loader is not None
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
-    page = hook.on_page_markdown("before\n\n{{ settings quantize.integer }}\n\nafter")
+    asked = "before\n\n{{ settings quantize.integer }}\n\nafter"
+    pages = [SimpleNamespace(file=SimpleNamespace(src_uri=uri)) for uri in ("techniques/quantize.integer.md", "index.md")]
+    page, other = (hook.on_page_markdown(asked, page, None, None) for page in pages)
     assert "| `bits` | an int in [2, 8] | `8` | bits per weight |" in page
     assert page.startswith("before\n\n| setting") and page.endswith("|\n\nafter")
+    assert other == asked
 
 
 # A technique that keeps its promises, and variants that break one each.

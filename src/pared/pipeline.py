@@ -10,9 +10,10 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 import pared
 from pared import artifact, registry
 from pared import recipe as recipes
+from pared.budget import damage
 from pared.budget.allocate import Plan, allocate, curve, smallest
 from pared.budget.calibrate import gather
 from pared.budget.options import fixed_bits, options
@@ -47,7 +49,7 @@ from pared.runfolder import RunFolder, write_whole
 from pared.site import duplicate, plain
 from pared.statistics import Statistics
 from pared.task import Task, batch_size
-from pared.technique import Edit, Option
+from pared.technique import Edit, Option, value_at
 from pared.train import train as train_loop
 
 MAX_TRIALS = 6
@@ -56,6 +58,29 @@ MAX_CHEAP_TRIALS = 16
 """The same for plans that need no training."""
 SIZE_TOLERANCE = 0.01
 """A plan this close below the size asked for is close enough."""
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way through the steps before the last, and what the last step may do after it.
+
+    Args:
+        levels: what each of those steps does.
+        options: of the last step.
+        model: the network with the levels in place.
+        statistics: for it.
+        fixed_bits: of what no option covers.
+    """
+
+    levels: tuple[tuple[Option, ...], ...]
+    options: list[Option]
+    model: nn.Module
+    statistics: Statistics
+    fixed_bits: float
+
+    @property
+    def damage(self) -> float:
+        return sum(option.damage for level in self.levels for option in level)
 
 
 @dataclass
@@ -67,6 +92,7 @@ class Trial:
     trained: bool
     model: nn.Module
     edits: list[Edit]
+    way: Way
     plan: Plan
     file_bytes: int
     quality: Quality
@@ -200,6 +226,7 @@ class _Run:
         self.original_bytes = original_bytes(self.original)
         self.target = self._target()
         self.folder = RunFolder(out, self._identity())
+        self.steps = [step for step in self.recipe.steps if step.replaces]
         self.correction = 1.0
         self.trials: list[Trial] = []
 
@@ -246,16 +273,16 @@ class _Run:
         self._say(f"recipe:\n{self.recipe.to_yaml()}")
         self.reference = self._timed("evaluate", lambda: self._evaluate(self.original))
         self.statistics = self._timed("calibrate", self._gather)
-        final = [step for step in self.recipe.steps if step.replaces]
-        if not final:
+        if not self.steps:
             raise InputError("a recipe must have at least one step that replaces something, got none; add quantize.integer")
-        self._estimate(final)
+        self._estimate(self.steps)
         try:
             best, met, reason = self._search()
         except BudgetError as error:
-            # the smallest plan is carried out all the same: the best found is saved, and said
+            # the best found is saved all the same, and said: the smallest within the drop, or the smallest there is
             self.warnings.append(str(error))
-            best = self._carry_out(self._plans_smallest(), 0.0, trained=False)
+            within = self._within_drop(None) if self.target.max_drop is not None and self.target.speedup is None else None
+            best = within or self._carry_out(self._smallest_plan(), 0.0, trained=False)
             error.result = self._finish(best, False)  # type: ignore[attr-defined]
             raise
         if reason:
@@ -297,67 +324,50 @@ class _Run:
 
     # -- options and plans ---------------------------------------------------------------------------------------------
 
-    def _options(self) -> list[tuple[list[list[Option]], list[Option]]]:
-        """For each way through the steps before the last: what they chose, and the last step's options."""
-        if not hasattr(self, "_ways"):
-            self._ways = self._timed("options", lambda: self._explore(0, self.base, self.statistics, []))
-        return self._ways
+    @cached_property
+    def ways(self) -> list[Way]:
+        """Every way through the steps; one, if there is one step."""
+        return self._timed("options", lambda: list(self._explore(0, self.base, self.statistics, ())))
 
     def _explore(
-        self, index: int, model: nn.Module, statistics: Statistics, chosen: list[list[Option]]
-    ) -> list[tuple[list[list[Option]], list[Option]]]:
-        steps = [step for step in self.recipe.steps if step.replaces]
-        found, refusals = options(model, list(steps[index].candidates), statistics, self.task, progress=self.progress)
+        self, index: int, model: nn.Module, statistics: Statistics, levels: tuple[tuple[Option, ...], ...]
+    ) -> Iterator[Way]:
+        found, refusals = options(model, list(self.steps[index].candidates), statistics, self.task, progress=self.progress)
         if index == 0:
             self.refusals = refusals
             self.first_options = found
-        if index == len(steps) - 1:
-            return [(chosen, found)]
-        ways = []
+        if index == len(self.steps) - 1:
+            covered = {path for option in found for path in option.site.covers}
+            yield Way(levels, found, model, statistics, fixed_bits(model, covered))
+            return
         for level in _levels(found):
-            twin = copy.deepcopy(model)
-            grown = Statistics(dict((p, c) for p in statistics if (c := statistics.curvature(p))), statistics.positions)
+            twin, grown = copy.deepcopy(model), statistics.copy()
             place(twin, level, grown)
-            ways += self._explore(index + 1, twin, grown, [*chosen, list(level)])
-        return ways
+            yield from self._explore(index + 1, twin, grown, (*levels, level))
 
-    def _plan(self, file_bytes: float | None, macs: float | None) -> tuple[list[list[Option]], Plan]:
+    def _plan(self, file_bytes: float | None, macs: float | None) -> tuple[Way, Plan]:
         """The least damage within a budget, over all ways through the steps."""
-        best: tuple[list[list[Option]], Plan] | None = None
+        found: list[tuple[Way, Plan]] = []
         failure: BudgetError | None = None
-        for chosen, last in self._options():
-            covered = {path for option in last for path in option.site.covers}
+        for way in self.ways:
             limits: dict[str, float] = {}
             if file_bytes is not None:
-                rest = fixed_bits(self._model_after(chosen), covered)
-                limits["size_bits"] = 8 * file_bytes / self.correction - rest
+                limits["size_bits"] = 8 * file_bytes / self.correction - way.fixed_bits
             if macs is not None:
-                dense = sum(o.cost.macs for o in last if o.technique is None)
+                dense = sum(option.cost.macs for option in way.options if option.technique is None)
                 limits["macs"] = macs - max(0.0, self.total_macs - dense)
             try:
-                plan = allocate(last, **limits)
+                found.append((way, allocate(way.options, **limits)))
             except BudgetError as error:
                 failure = error
-                continue
-            damage = plan.damage + sum(option.damage for level in chosen for option in level)
-            if best is None or damage < best[1].damage:
-                best = (chosen, Plan(plan.options, plan.cost, damage, plan.gap, plan.seconds))
-        if best is None:
+        if not found:
             raise failure or BudgetError("no plan was found")
-        return best
+        return min(found, key=lambda pair: pair[0].damage + pair[1].damage)
 
-    def _plans_smallest(self) -> tuple[list[list[Option]], Plan]:
+    def _smallest_plan(self) -> tuple[Way, Plan]:
         measure_name = "macs" if self.target.macs is not None and self.target.file_bytes is None else "stored_bits"
-        ways = [(chosen, smallest(last, measure_name)) for chosen, last in self._options()]
-        return min(ways, key=lambda way: getattr(way[1].cost, measure_name))
-
-    def _model_after(self, chosen: list[list[Option]]) -> nn.Module:
-        model = self.base
-        if chosen:
-            model = copy.deepcopy(model)
-            for level in chosen:
-                place(model, level, Statistics())
-        return model
+        plans = [(way, smallest(way.options, measure_name)) for way in self.ways]
+        return min(plans, key=lambda pair: pair[0].fixed_bits + getattr(pair[1].cost, measure_name))
 
     # -- trials --------------------------------------------------------------------------------------------------------
 
@@ -371,8 +381,9 @@ class _Run:
             return best, True, ""
         if target.file_bytes is not None or target.macs is not None:
             best = self._at_size(target.file_bytes, target.macs, trained=False)
-            if not self._accepts(best) and self._trains:
-                best = self._at_size(target.file_bytes, target.macs, trained=True)
+            if self._trains and best.drop.value > target.max_drop / 2:  # near the limit, luck on validation data decides
+                trained = self._at_size(target.file_bytes, target.macs, trained=True)
+                best = min((best, trained), key=lambda trial: trial.drop.value)
             if self._accepts(best):
                 return best, True, ""
             if target.file_bytes is None:
@@ -459,10 +470,7 @@ class _Run:
         return best, low, high
 
     def _smallest_bytes(self) -> float:
-        sizes = []
-        for chosen, last in self._options():
-            covered = {path for option in last for path in option.site.covers}
-            sizes.append(smallest(last).cost.stored_bits + fixed_bits(self._model_after(chosen), covered))
+        sizes = [way.fixed_bits + smallest(way.options).cost.stored_bits for way in self.ways]
         return 1.02 * self.correction * min(sizes) / 8
 
     def _search_latency(self) -> tuple[Trial, bool, str]:
@@ -497,27 +505,25 @@ class _Run:
         )
         return trial, met, reason
 
-    def _carry_out(self, way: tuple[list[list[Option]], Plan], target_bytes: float, trained: bool) -> Trial:
-        chosen, plan = way
+    def _carry_out(self, chosen: tuple[Way, Plan], target_bytes: float, trained: bool) -> Trial:
+        way, plan = chosen
         number = len(self.trials) + 1
         start = time.perf_counter()
-        steps = [step for step in self.recipe.steps if step.replaces]
         model = copy.deepcopy(self.base)
         edits = list(self.bakes)
         history: list[dict[str, Any]] = []
-        statistics = Statistics(
-            {path: c for path in self.statistics if (c := self.statistics.curvature(path))}, self.statistics.positions
-        )
+        statistics = self.statistics.copy()
         saved = self._saved(number)
-        levels = [*chosen, list(plan.options)]
+        levels = [*way.levels, plan.options]
+        predicted = plan.cost.stored_bits + way.fixed_bits
         self._say(
-            f"trial {number}: {len(plan.options)} edits, predicted {plan.cost.stored_bits / 8e3:.1f} kB coded"
+            f"trial {number}: {sum(map(len, levels))} edits, {self.correction * predicted / 8e3:.1f} kB expected"
             f"{', training' if trained else ''}"
         )
         if saved is not None:
             model, edits, history = saved
         else:
-            for index, (step, level) in enumerate(zip(steps, levels, strict=True)):
+            for index, (step, level) in enumerate(zip(self.steps, levels, strict=True)):
                 if trained and step.training is not None and step.training.epochs:
                     new, rows = self._trained(model, level, statistics, step, number * 100 + index)
                     history += rows
@@ -527,13 +533,10 @@ class _Run:
             model.eval()
         attach_(model, Record(edits=edits, example=self.task.example(), recipe=self._recipe_of(levels)))
         file_bytes = self._weigh(model, number)
-        predicted = plan.cost.stored_bits + fixed_bits(
-            self._model_after(chosen), {path for o in self._options()[0][1] for path in o.site.covers}
-        )
         self.correction = 8 * file_bytes / max(predicted, 1.0)
         quality = self._evaluate(model)
         trial = Trial(
-            number, target_bytes, trained, model, edits, plan, file_bytes, quality,
+            number, target_bytes, trained, model, edits, way, plan, file_bytes, quality,
             drop(self.reference, quality, seed=self.seed), history, time.perf_counter() - start,
         )
         self.trials.append(trial)
@@ -549,7 +552,7 @@ class _Run:
         return trial
 
     def _trained(
-        self, model: nn.Module, level: list[Option], statistics: Statistics, step: Step, number: int
+        self, model: nn.Module, level: Sequence[Option], statistics: Statistics, step: Step, number: int
     ) -> tuple[list[Edit], list[dict[str, Any]]]:
         """Train stand-ins, let them settle, tune what is left to train with the codes frozen, code the buffers."""
         training = step.training
@@ -643,7 +646,7 @@ class _Run:
             folder = self.folder
             artifact.save(best.model, folder.file("model.pared"), store=self.store)
             data["after"]["file_bytes"] = folder.file("model.pared").stat().st_size
-            folder.write("recipe.yaml", self._recipe_of([list(best.plan.options)]))
+            folder.write("recipe.yaml", self._recipe_of([*best.way.levels, best.plan.options]))
             folder.write("result.json", json.dumps(data, indent=1))
             write_whole(folder.file("report.html"), lambda path: result.report(path))
             folder.log(f"done: {best.file_bytes} bytes, drop {best.drop.value:.3f} on validation")
@@ -686,10 +689,10 @@ class _Run:
                 if option.technique is not None
             ],
             "predicted_measured": self._predicted_measured(best),
-            "curve": [{"bytes": bits / 8, "damage": damage} for bits, damage in curve(self._options()[0][1])],
+            "curve": [{"bytes": bits / 8, "damage": damage} for bits, damage in curve(best.way.options)],
             "trials": [trial.row(trial is best) for trial in self.trials],
             "training": best.history,
-            "recipe": self._recipe_of([list(best.plan.options)]),
+            "recipe": self._recipe_of([*best.way.levels, best.plan.options]),
             "command": self.command,
             "seconds": {**self.seconds, "total": time.perf_counter() - self.start},
             "environment": {
@@ -704,12 +707,12 @@ class _Run:
 
     def _edit_rows(self, best: Trial) -> list[dict[str, Any]]:
         sizes = _coded_bytes(best.model, self.store)
-        options = {option.site.path: option for option in best.plan.options}
+        chosen = {option.site.path: option for option in self._chosen(best)}
         rows = []
         for edit in best.edits:
-            option = options.get(edit.paths[0])
-            site = edit.site(self.base) if option is not None else None
-            shape = list(_shape_of(self.base, site.covers[0])) if site is not None and site.covers else []
+            option = chosen.get(edit.paths[0])
+            model = self.base if option is None or option not in best.plan.options else best.way.model
+            shape = list(value_at(model, option.site.covers[0]).shape) if option is not None and option.site.covers else []
             numel = math.prod(shape) if shape else 0
             coded = sizes(edit.paths[0], edit.technique.kind)
             rows.append(
@@ -726,8 +729,12 @@ class _Run:
             )
         return rows
 
+    @staticmethod
+    def _chosen(best: Trial) -> list[Option]:
+        return [option for level in (*best.way.levels, best.plan.options) for option in level]
+
     def _untouched(self, best: Trial) -> list[dict[str, Any]]:
-        covered = {path for option in best.plan.options for path in option.site.covers}
+        covered = {path for option in self._chosen(best) for path in option.site.covers}
         reasons = {refusal.path: refusal.reason for refusal in self.refusals}
         rows = []
         for path, tensor in [*self.base.named_parameters(), *self.base.named_buffers()]:
@@ -739,20 +746,16 @@ class _Run:
         return rows
 
     def _predicted_measured(self, best: Trial, most: int = 48) -> list[dict[str, Any]]:
-        from pared.budget import damage
-
         chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:most]
         batches = list(self.task.calibration(64))
-        references = damage.references(self.original, self.task, batches)
-        twin = copy.deepcopy(self.base)
+        references = damage.references(best.way.model, self.task, batches)
+        twin = copy.deepcopy(best.way.model)
         rows = []
         for option in chosen:
             if option.technique is None:
                 continue
-            from dataclasses import replace
-
             site = replace(option.site, root=twin)
-            structure, parts = option.technique.solve(site, self.statistics)
+            parts = option.technique.solve(site, best.way.statistics)[1]
             rows.append(
                 {
                     "path": option.site.path,
@@ -763,7 +766,7 @@ class _Run:
             )
         return rows
 
-    def _recipe_of(self, levels: list[list[Option]]) -> str:
+    def _recipe_of(self, levels: Sequence[Sequence[Option]]) -> str:
         """The recipe with every choice resolved, and what was chosen where."""
         import yaml
 
@@ -815,12 +818,6 @@ def _coded_bytes(model: nn.Module, store: str) -> Callable[[str, str | None], in
         return sum(row["bytes"] for row in rows if row["path"] == path or row["path"].startswith(f"{path}."))
 
     return coded
-
-
-def _shape_of(model: nn.Module, path: str) -> torch.Size:
-    from pared.technique import value_at
-
-    return value_at(model, path).shape
 
 
 def _count(loader: Any) -> int | None:

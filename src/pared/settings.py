@@ -1,4 +1,4 @@
-"""Settings are fields: what a field allows, in words, is derived from its type and range, for messages and documents alike."""
+"""Settings are fields: what a field takes, in words, is derived from its type and range, for messages and docs alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 
 class Settings(BaseModel):
-    """Settings are public fields: frozen, validated, printable, comparable; each has a range, a unit and a line of help."""
+    """Public fields: frozen, validated, printable, comparable; each has a range, a unit and a line of help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -27,23 +27,24 @@ def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     >>> allowed(Annotated[int, Field(ge=2)] | Literal["tensor"])
     'an int of 2 or more or "tensor"'
     """
+    parts = _alternatives(annotation, list(metadata))
+    return " or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _alternatives(annotation: Any, metadata: list[Any]) -> list[str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        nested = [part for extra in arguments[1:] for part in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-        return allowed(arguments[0], [*metadata, *nested])
+        extras = [extra.metadata if isinstance(extra, FieldInfo) else [extra] for extra in arguments[1:]]
+        return _alternatives(arguments[0], sum(extras, metadata))
     if origin in (Union, types.UnionType):
-        return _either([allowed(part, metadata) for part in arguments if part is not type(None)])
+        return [words for part in arguments if part is not type(None) for words in _alternatives(part, metadata)]
     if origin is Literal:
-        return _either([f'"{value}"' if isinstance(value, str) else str(value) for value in arguments])
+        return [f'"{value}"' if isinstance(value, str) else str(value) for value in arguments]
     if origin in (tuple, list):
-        return f"a list of which each is {allowed(arguments[0])}" if arguments else "a list"
+        return [f"a list of which each is {allowed(arguments[0])}"]
     if annotation in (int, float):
-        return f"{'an int' if annotation is int else 'a number'}{_range(list(metadata))}"
-    return {bool: "true or false", str: "a text"}.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
-
-
-def _either(parts: list[str]) -> str:
-    return " or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+        return [f"{'an int' if annotation is int else 'a number'}{_range(metadata)}"]
+    return [{bool: "true or false", str: "a text"}.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")]
 
 
 def _range(metadata: list[Any]) -> str:

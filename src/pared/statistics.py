@@ -127,6 +127,9 @@ class Statistics:
         """What was observed for the tensor at this path (any of its owners), or None if nothing was."""
         return self._curvatures.get(path)
 
+    def copy(self) -> Statistics:
+        return Statistics(self._curvatures, self.positions)
+
     def update(self, curvatures: dict[str, Curvature]) -> None:
         """Add what the tensors inside new parts see."""
         self._curvatures.update(curvatures)

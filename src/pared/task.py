@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
@@ -140,6 +141,11 @@ class Task:
         if callable(self.metric):
             given = self.metric(outputs, _near(outputs, batch))
             pair = given if isinstance(given, tuple) else (given, None)
+            if len(pair) != 2:
+                raise InputError(
+                    "Task.metric must return one score per example, or a pair of numerators and denominators, "
+                    f"got a tuple of {len(pair)}"
+                )
         else:
             logits, targets = class_logits(outputs, _near(outputs, batch))
             if targets is None:
@@ -152,7 +158,7 @@ class Task:
             pair = (right.mean(1) if right.ndim > 1 else right, None)
         checked: list[torch.Tensor | None] = []
         for name, part in zip(("score", "denominator"), pair, strict=True):
-            if part is None:
+            if part is None and name == "denominator":
                 checked.append(None)
                 continue
             part = torch.as_tensor(part).detach().double().cpu()
@@ -172,51 +178,62 @@ class Task:
         return call_of(batch)
 
     def check(self, model: nn.Module) -> None:
-        """Raise an InputError unless the model runs on the data, and loss and metric have the right form."""
-        batch = next(iter(self.val), None)
+        """Raise an InputError unless the model runs on the first batch of every loader, and loss and metric accept it."""
+        loaders = {"val": self.val, "train": self.train, "test": self.test, "calibration": self._calibration}
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            for name, loader in loaders.items():
+                if loader is not None:
+                    batches = _in_order(loader)
+                    batch = next(batches, None)
+                    batches.close()
+                    self._check_batch(model, batch, name)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    @torch.no_grad()
+    def _check_batch(self, model: nn.Module, batch: Batch, name: str) -> None:
         if batch is None:
-            raise InputError("Task.val must hold at least one batch, got none; check the data it is made from")
+            raise InputError(f"Task.{name} must hold at least one batch, got none; check the data it is made from")
         size = batch_size(batch)
         targets = targets_of(batch)
         if isinstance(targets, Tensor) and targets.ndim and len(targets) != size:
             raise InputError(
-                f"inputs and targets of a batch must have one length, got {size} inputs and {len(targets)} targets; "
-                "check the loader"
+                f"inputs and targets of a batch must have one length, got {size} inputs and {len(targets)} targets in "
+                f"{name}; check the loader"
             )
-        for tensor in pytree.tree_leaves(call_of(batch)):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise InputError("inputs must be finite, found NaN or infinity in the first batch of val; clean the data")
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                outputs = self.outputs(model, batch)
-        except InputError:
-            raise
-        except Exception as error:
-            shapes = [tuple(t.shape) for t in pytree.tree_leaves(call_of(batch)) if isinstance(t, Tensor)]
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"the model must run on a batch of val (inputs of shape {', '.join(map(str, shapes))}), "
-                f"but it failed: {reason}; check the data's shape, or give Task(forward=...)"
-            ) from error
-        finally:
-            model.train(was_training)
-        if self.labelled:
-            try:
-                with torch.no_grad():
-                    self.batch_loss(outputs, batch)
-            except InputError:
-                raise
-            except Exception as error:
-                reason = str(error).strip().split("\n")[0]
-                raise InputError(
-                    f"the loss must accept the model's outputs and the batch, but it failed: {reason}; "
-                    "check that outputs and targets belong together"
-                ) from error
-            self.scores(outputs, batch)
-        else:
-            self.scores(outputs, batch, outputs)
+        inputs = [leaf for leaf in pytree.tree_leaves(call_of(batch)) if isinstance(leaf, Tensor)]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in inputs if tensor.is_floating_point()):
+            raise InputError(f"inputs must be finite, found NaN or infinity in the first batch of {name}; clean the data")
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        with _told(
+            f"the model must run on a batch of {name} (inputs of shape {shapes})",
+            "check the data's shape, or give Task(forward=...)",
+        ):
+            outputs = self.outputs(model, batch)
+        if targets is not None or callable(self.loss):
+            with _told(
+                f"the loss must accept the model's outputs and a batch of {name}",
+                "check that outputs and targets belong together",
+            ):
+                self.batch_loss(outputs, batch)
+        if name in ("val", "test"):
+            with _told(f"the metric must accept the model's outputs and a batch of {name}", "check Task.metric"):
+                self.scores(outputs, batch, None if self.labelled else outputs)
+
+
+@contextmanager
+def _told(must: str, remedy: str) -> Iterator[None]:
+    """Whatever fails within becomes an InputError of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{must}, but it failed: {type(error).__name__}: {reason}; {remedy}") from error
 
 
 def inputs_of(batch: Batch) -> Any:
@@ -308,7 +325,7 @@ def _near(outputs: Any, batch: Batch) -> Batch:
     return pytree.tree_map(lambda t: t.to(leaf.device) if isinstance(t, Tensor) else t, batch)
 
 
-def _in_order(loader: Iterable[Batch]) -> Iterator[Batch]:
+def _in_order(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
     """The loader's batches without moving its random generator (statistics must not change what training sees)."""
     generator = getattr(loader, "generator", None)
     state = generator.get_state() if isinstance(generator, torch.Generator) else None

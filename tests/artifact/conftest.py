@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,10 +110,24 @@ class Odd(nn.Module):
         return (x.bfloat16() @ self.brain).float() * self.scalar
 
 
+class Upsampling(nn.Module):
+    """Transposed convolutions, whose channels are on another axis, one of them square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 4, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(4, 6, 2, 2)
+        self.again = nn.ConvTranspose2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.up(self.down(x)).relu())
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] = {
     "convolutional": (Convolutional, lambda: (torch.randn(3, 3, 7, 7),)),
     "recurrent": (Recurrent, lambda: (torch.randint(0, 30, (3, 6)),)),
     "attentive": (Attentive, lambda: (torch.randn(3, 5, 16),)),
+    "upsampling": (Upsampling, lambda: (torch.randn(3, 3, 8, 8),)),
     "odd": (Odd, lambda: (torch.randn(3, 6),)),
 }
 
@@ -164,7 +179,7 @@ def fuzz() -> Any:
     path = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
     spec = importlib.util.spec_from_file_location("pared_benchmarks_fuzz", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

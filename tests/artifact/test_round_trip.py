@@ -23,7 +23,7 @@ from pared.technique import Chain, Edit
 CODED = [
     ("convolutional", "integer"), ("convolutional", "deep"), ("convolutional", "low rank"),
     ("convolutional", "low rank, then all"), ("recurrent", "integer"), ("recurrent", "deep"), ("attentive", "codebook"),
-    ("attentive", "deep"), ("attentive", "low rank, then all"),
+    ("attentive", "deep"), ("attentive", "low rank, then all"), ("upsampling", "integer"),
 ]  # fmt: skip
 
 
@@ -206,6 +206,7 @@ def test_the_first_difference_to_the_class_is_named_and_the_model_left_alone(mak
     refused(lambda m: setattr(m, "extra", nn.Linear(2, 2)), r"the model holds extra\.weight .*the file lacks")
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_what_no_file_can_hold_is_named(tmp_path):
     def refused(tensor, match):
         model = nn.Module()

@@ -94,9 +94,8 @@ def test_large_instances_stay_within_the_gap(budgets):
         options.append(option(tensor(f"t{place}"), 32 * n, 0, None, 100 * n, n))
         for level in range(8):
             bits, share = rng.uniform(0.5, 9), rng.uniform(0.2, 1)
-            options.append(
-                option(tensor(f"t{place}"), n * bits * share, hurt * (4**-bits + (1 - share) ** 2), level, 100 * n * share, n * share)
-            )
+            damage = hurt * (4**-bits + (1 - share) ** 2)
+            options.append(option(tensor(f"t{place}"), n * bits * share, damage, level, 100 * n * share, n * share))
     dense = sum((o.cost for o in options if o.technique is None), Cost())
     limits = {"size_bits": dense.stored_bits / 10, "macs": 0.6 * dense.macs, "latency_ms": 0.7 * dense.latency_ms}
     plan = allocate(options, **{name: limits[name] for name in budgets})

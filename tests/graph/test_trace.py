@@ -241,9 +241,7 @@ CASES = {
     "cells": Case(Cells, lambda: [(R(n, 4, 4), R(n, 5), R(n, 5)) for n in (2, 1)]),
     "tied": Case(TiedLanguageModel, lambda: [(torch.randint(0, 50, s),) for s in ((2, 5), (1, 3))], {"ids": {1}}),
     "twice": Case(Twice, lambda: [(R(n, 4),) for n in (3, 1)]),
-    "weight norm": Case(
-        lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3)), lambda: [(R(n, 3, 9),) for n in (2, 1)]
-    ),
+    "weight norm": Case(lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3)), lambda: [(R(n, 3, 9),) for n in (2, 1)]),
     "same padding": Case(lambda: SamePadding(3, 4, 3, stride=2), lambda: [(R(2, 3, 16, 16),), (R(1, 3, 20, 24),)], {0: {2, 3}}),
     "detector": Case(Detector, lambda: [(R(n, 3, 16, 16),) for n in (2, 1)]),
     "regions": Case(Regions, lambda: [(R(n, 4),) for n in (2, 1)]),
@@ -397,6 +395,21 @@ def test_a_state_that_is_only_written_is_no_obstacle() -> None:
     module = reloaded(model, program)
     x = R(3, 4)
     assert same(module(x), model(x))
+
+
+def test_inputs_of_open_signatures_are_named_as_they_are_passed() -> None:
+    class Variadic(nn.Module):
+        def forward(self, first, *more, factor, **rest):
+            return sum(x.sum(1) for x in more) + first * factor + rest["shift"]
+
+    call = (R(3), R(3, 5), R(3, 6))
+    rest = {"factor": R(3), "shift": R(3)}
+    program, module = check(Variadic(), call, dynamic={1: {1}, ("more", 1): {1}, "shift": {0}}, kwargs=rest)
+    assert [i.name for i in program.inputs] == ["first", "more[0]", "more[1]", "factor", "shift"]
+    assert [len(i.shape) and isinstance(i.shape[-1], Dynamic) for i in program.inputs] == [True] * 5
+    assert same(module(R(2), R(2, 1), R(2, 9), factor=R(2), shift=R(2)).shape, torch.Size([2]))
+    with pytest.raises(InputError, match=r"must be a tuple of 2, got 1"):
+        module(*call[:2], **rest)
 
 
 @pytest.mark.parametrize(

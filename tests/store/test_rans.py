@@ -59,9 +59,7 @@ def test_python_and_machine_code_write_the_same_stream(alphabet):
     room, stream = bytearray(2 * values.size + 8), np.zeros(2 * values.size + 8, np.uint8)
     lists = (symbols.codes.tolist(), table.frequencies.tolist(), start.tolist())
     used = rans._encode_single(*lists, table.precision, first, room)
-    assert (
-        compiled(rans._encode_single)(symbols.codes, table.frequencies, start, table.precision, first, stream) == used
-    )
+    assert compiled(rans._encode_single)(symbols.codes, table.frequencies, start, table.precision, first, stream) == used
     assert bytes(room) == stream.tobytes()
     slots = np.repeat(np.arange(symbols.alphabet, dtype=np.uint16), table.frequencies)
     decoded = np.zeros_like(symbols.codes)

@@ -4,11 +4,12 @@
                 ["weight", "bias"]; "!" before a name is a buffer, "~" a constant of the program; ":f16" after it a type other than f32
     shapes      one per tensor, [20, 1, 5, 5]; 0 for [n], where n is the first size of the tensor before
     aliases     [[tensor, path, ...], ...]    further paths of shared tensors
+    transposed  [tensor, ...]                 coded weights of transposed convolutions
     techniques  [[name, {setting: value}?], ...]; a chain is [[technique, ...]] of numbers in this list
     edits       [[technique, structure or 0, target, ...], ...]; a target is the number of a tensor, [number, path inside its decoder],
                 a path, or a list of paths; in paths, "fc.weight/codes" stands for "fc.parametrizations.weight.0.decoder.codes"
     coders      the names of the entropy coders used
-    groups      [[stored tensor, ...], ...] that are coded as one
+    groups      [[stored tensor, steps to the next, ...], ...] that are coded as one
     program     as `Program.to_json`, with the number of its states, which are the first tensors, in place of the states
     recipe, provenance
 
@@ -21,6 +22,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -33,9 +35,10 @@ from pared.graph.program import check_paths
 from pared.technique import Chain, ChainStructure, Edit, Structure, Technique, explain, parse
 
 KEYS = (
-    "tensors", "shapes", "aliases", "techniques", "edits", "coders", "groups", "program", "recipe", "provenance",
+    "tensors", "shapes", "aliases", "transposed", "techniques", "edits", "coders", "groups", "program", "recipe", "provenance",
 )  # fmt: skip
 LARGEST_SIZE = 1 << 48
+_OF_TENSORS: dict[str, Any] = {"tensors": [[], [], []], "shapes": [], "aliases": [], "transposed": []}
 _MARKS: dict[Role, str] = {"parameter": "", "buffer": "!", "constant": "~"}
 _ROLES: dict[str, Role] = {"!": "buffer", "~": "constant"}
 _LONGEST_CHAIN = 16
@@ -69,10 +72,11 @@ class Manifest:
             "tensors": _columns(self.entries),
             "shapes": _shapes(self.entries),
             "aliases": [[number, *entry.aliases] for number, entry in enumerate(self.entries) if entry.aliases],
+            "transposed": [number for number, entry in enumerate(self.entries) if entry.transposed],
             "edits": _edit_rows(self.edits, techniques, self.entries),
             "techniques": techniques.rows,
             "coders": self.coders,
-            "groups": self.groups,
+            "groups": [_steps(group) for group in self.groups],
             "program": _without_states(self.program),
             "recipe": self.recipe,
             "provenance": self.provenance,
@@ -85,14 +89,11 @@ class Manifest:
         if not isinstance(obj, dict) or set(obj) - set(KEYS):
             unknown = sorted(set(obj) - set(KEYS))[:1] if isinstance(obj, dict) else [type(obj).__name__]
             raise ArtifactError(f"a manifest must be a dict of {', '.join(KEYS)}, found {unknown[0]!r:.60}")
-        entries = _entries(obj.get("tensors", [[], [], []]), obj.get("shapes", []), obj.get("aliases", []))
+        entries = _entries(*(obj.get(key, default) for key, default in _OF_TENSORS.items()))
         techniques = _techniques(obj.get("techniques", []))
         edits = [edit for row in _list(obj.get("edits", []), "edits") for edit in _edits(row, techniques, entries)]
         coders = [_text(name, "a coder") for name in _list(obj.get("coders", []), "coders")]
-        groups = [
-            [_int(number, "a tensor of a group", LARGEST_SIZE) for number in _list(group, "a group")]
-            for group in _list(obj.get("groups", []), "groups")
-        ]
+        groups = [_members(group) for group in _list(obj.get("groups", []), "groups")]
         program = _with_states(obj["program"], entries) if "program" in obj else None
         recipe = _text(obj["recipe"], "the recipe") if "recipe" in obj else None
         provenance = obj.get("provenance", {})
@@ -147,7 +148,7 @@ def _shapes(entries: Sequence[Entry]) -> list[Any]:
     return rows
 
 
-def _entries(columns: Any, shapes: Any, aliases: Any) -> list[Entry]:
+def _entries(columns: Any, shapes: Any, aliases: Any, transposed: Any) -> list[Entry]:
     patterns, owners, which = _list(columns, "tensors", 3)
     named = [
         [_named(_text(name, "the name of a tensor")) for name in _list(names, "names")]
@@ -168,11 +169,12 @@ def _entries(columns: Any, shapes: Any, aliases: Any) -> list[Entry]:
     for row in _list(aliases, "aliases"):
         number, *paths = _list(row, "an alias") or [None]
         further[_int(number, "a shared tensor", len(heads))] = tuple(_text(path, "a path") for path in paths)
+    turned = {_int(number, "a transposed weight", len(heads)) for number in _list(transposed, "transposed weights")}
     entries = []
     before: tuple[int, ...] = ()
     for number, ((path, role, dtype), row) in enumerate(zip(heads, rows, strict=True)):
         before = _shape(row, before)
-        entries.append(Entry(path, role, Kind(dtype, before), further.get(number, ())))
+        entries.append(Entry(path, role, Kind(dtype, before), further.get(number, ()), number in turned))
     check_paths([path for entry in entries for path in entry.paths])
     return entries
 
@@ -195,6 +197,14 @@ def _shape(row: Any, before: tuple[int, ...]) -> tuple[int, ...]:
     if len(sizes) > 64:
         raise ArtifactError(f"a tensor may have at most 64 axes, found {len(sizes)}")
     return tuple(_int(size, "the size of an axis", LARGEST_SIZE) for size in sizes)
+
+
+def _steps(group: Sequence[int]) -> list[int]:
+    return [number - before for before, number in pairwise([0, *group])]
+
+
+def _members(steps: Any) -> list[int]:
+    return list(accumulate(_int(step, "a step in a group", LARGEST_SIZE) for step in _list(steps, "a group")))
 
 
 # -- techniques and edits ------------------------------------------------------------------------------------------------------

@@ -49,14 +49,16 @@ def skeleton(
     Entries without a tensor get one of their type and shape that takes no memory. An edit of a tensor that is not there was undone by a
     later edit of the module around it.
     """
-    root = Holder()
+    entries = list(entries)
+    transposed = {path.rpartition(".")[0] for entry in entries if entry.transposed for path in entry.paths}
+    root = _holder("", transposed)
     for entry in entries:
         tensor = (tensors or {}).get(entry.path)
         if tensor is None:
             tensor = torch.empty((), dtype=entry.kind.dtype, device=device).expand(entry.kind.shape)
         held = nn.Parameter(tensor, requires_grad=False) if entry.role == "parameter" else tensor
         for path in entry.paths:
-            _hang(root, path, held, entry)
+            _hang(root, path, held, entry.role == "buffer", transposed)
     root.eval()
     for technique, paths, structure in links(edits):
         present = tuple(path for path in paths if _is_tensor(root, path))
@@ -67,19 +69,33 @@ def skeleton(
     return root.eval().requires_grad_(False)
 
 
-def _hang(root: nn.Module, path: str, held: Tensor, entry: Entry) -> None:
+class TransposedHolder(nn.modules.conv._ConvTransposeNd):
+    """Holds tensors where the network has a transposed convolution, so that techniques find the axis of its channels."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def extra_repr(self) -> str:
+        return ""
+
+
+def _holder(path: str, transposed: set[str]) -> nn.Module:
+    return TransposedHolder() if path in transposed else Holder()
+
+
+def _hang(root: nn.Module, path: str, held: Tensor, persistent: bool, transposed: set[str]) -> None:
     *owners, name = path.split(".")
     module = root
-    for owner in owners:
+    for depth, owner in enumerate(owners):
         child = module._modules.get(owner)
         if child is None:
-            child = Holder()
+            child = _holder(".".join(owners[: depth + 1]), transposed)
             module.add_module(owner, child)
         module = child
     if isinstance(held, nn.Parameter):
         module.register_parameter(name, held)
     else:
-        module.register_buffer(name, held, persistent=entry.role == "buffer")
+        module.register_buffer(name, held, persistent=persistent)
 
 
 def _is_tensor(root: nn.Module, path: str) -> bool:

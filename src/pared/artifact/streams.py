@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +13,10 @@ from pared.artifact.body import varint
 from pared.artifact.tensors import Kind
 from pared.errors import ArtifactError, StoreError
 
-_SMALL = 4096  # elements: what is larger has a stream of its own
+_SMALL = 1024  # elements: what is larger has a stream of its own
 _LARGEST_GROUP = 1 << 16
-_MEMBER_BITS = 16  # what naming a member of a group costs in the manifest
+_MOST_PIECES = 16
+_MEMBER_BYTES = 1  # what naming a member of a group takes in the manifest
 
 
 class Streams:
@@ -31,12 +33,9 @@ class Streams:
     """
 
     def __init__(self, arrays: Sequence[tuple[str, np.ndarray]], prefer: str) -> None:
-        flat = [array for _, array in arrays]
-        self.groups = _groups(arrays, prefer)
-        coded = []
-        for members in members_of([array.size for array in flat], self.groups):
-            joined = flat[members[0]] if len(members) == 1 else np.concatenate([flat[m].reshape(-1) for m in members])
-            coded.append(store.encode(joined, prefer))
+        grouping = _Grouping(arrays, prefer)
+        self.groups = grouping.groups()
+        coded = [grouping.code(tuple(m)) for m in members_of([array.size for _, array in arrays], self.groups)]
         names = [name for name, _ in coded]
         self.coders = sorted(set(names), key=lambda name: (-names.count(name), name))
         self.payloads = [(self.coders.index(name), payload) for name, payload in coded]
@@ -91,40 +90,58 @@ def decode(
     return [array for array in arrays if array is not None]
 
 
-def _groups(arrays: Sequence[tuple[str, np.ndarray]], prefer: str) -> list[list[int]]:
-    """Small tensors of one type and last name, joined one after the other where that makes the file smaller."""
-    by_kind: dict[tuple[str, np.dtype], list[list[int]]] = {}
-    bits: dict[tuple[int, ...], float] = {}
+class _Grouping:
+    """Which small tensors go together: of one type, first those of one name, neighbours in spread, while that saves bytes."""
 
-    def cost(members: list[int]) -> float:
-        key = tuple(members)
-        if key not in bits:
-            joined = np.concatenate([arrays[member][1].reshape(-1) for member in members])
-            payload = store.encode(joined, prefer)[1]
-            bits[key] = 8 * (len(payload) + len(varint(8 * len(payload)))) + (_MEMBER_BITS * len(members) if members[1:] else 0)
-        return bits[key]
+    def __init__(self, arrays: Sequence[tuple[str, np.ndarray]], prefer: str) -> None:
+        self.arrays = arrays
+        self.prefer = prefer
+        self._coded: dict[tuple[int, ...], tuple[str, bytes]] = {}
 
-    for number, (path, array) in enumerate(arrays):
-        if not 0 < array.size <= _SMALL:
-            continue
-        groups = by_kind.setdefault((path.rpartition(".")[2], array.dtype), [])
-        for group in groups:
-            size = sum(arrays[member][1].size for member in group)
-            if size + array.size <= _LARGEST_GROUP and cost([*group, number]) < cost(group) + cost([number]):
-                group.append(number)
-                break
-        else:
-            groups.append([number])
-    by_type: dict[np.dtype, list[list[int]]] = {}
-    for (_, dtype), groups in by_kind.items():
-        for group in groups:
-            kept = by_type.setdefault(dtype, [])
-            for other in kept:
-                joined = sorted([*other, *group])
-                size = sum(arrays[member][1].size for member in joined)
-                if size <= _LARGEST_GROUP and cost(joined) < cost(other) + cost(group):
-                    other[:] = joined
-                    break
+    def code(self, members: tuple[int, ...]) -> tuple[str, bytes]:
+        if members not in self._coded:
+            parts = [self.arrays[member][1] for member in members]
+            joined = parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
+            self._coded[members] = store.encode(joined, self.prefer)
+        return self._coded[members]
+
+    def groups(self) -> list[list[int]]:
+        by_name: dict[tuple[str, np.dtype[Any]], list[int]] = {}
+        for number, (path, array) in enumerate(self.arrays):
+            if 0 < array.size <= _SMALL:
+                by_name.setdefault((path.rpartition(".")[2], array.dtype), []).append(number)
+        by_type: dict[np.dtype[Any], list[tuple[int, ...]]] = {}
+        for (_, dtype), members in by_name.items():
+            by_type.setdefault(dtype, []).extend(self._merged(self._pieces(members)))
+        merged = [group for groups in by_type.values() for group in self._merged(groups)]
+        return sorted(list(group) for group in merged if len(group) > 1)
+
+    def _pieces(self, members: list[int]) -> list[tuple[int, ...]]:
+        """At most so many tuples of neighbours in spread that trying to join them takes no time."""
+        ordered = sorted(members, key=lambda member: (self._spread(member), member))
+        step = -(-len(ordered) // _MOST_PIECES)
+        return [tuple(sorted(ordered[start : start + step])) for start in range(0, len(ordered), step)]
+
+    def _merged(self, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Neighbours joined as long as that saves bytes."""
+        groups = sorted(groups, key=lambda group: (self._spread(group[0]), group))
+        position = 0
+        while position + 1 < len(groups):
+            joined = tuple(sorted(groups[position] + groups[position + 1]))
+            small = sum(self.arrays[member][1].size for member in joined) <= _LARGEST_GROUP
+            if small and self._cost(joined) < self._cost(groups[position]) + self._cost(groups[position + 1]):
+                groups[position : position + 2] = [joined]
+                position = max(0, position - 1)
             else:
-                kept.append(group)
-    return sorted(group for groups in by_type.values() for group in groups if len(group) > 1)
+                position += 1
+        return groups
+
+    def _cost(self, members: tuple[int, ...]) -> int:
+        """Bytes of a stream, with what its length and naming its members take."""
+        n_bytes = len(self.code(members)[1])
+        return n_bytes + len(varint(4 * n_bytes)) + (_MEMBER_BYTES * len(members) if len(members) > 1 else 0)
+
+    def _spread(self, member: int) -> float:
+        array = self.arrays[member][1]
+        values = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+        return float(np.abs(values.astype(np.float64)).mean()) if values.size else 0.0

@@ -72,12 +72,16 @@ class Kind:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the network as its program sees it: coded ones decoded, shared ones once."""
+    """One tensor of the network as its program sees it: coded ones decoded, shared ones once.
+
+    `transposed`: it is coded, and is the weight of a transposed convolution, whose output channels are on the second axis.
+    """
 
     path: str
     role: Role
     kind: Kind
     aliases: tuple[str, ...] = ()
+    transposed: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -203,6 +207,8 @@ def to_array(tensor: Tensor) -> np.ndarray:
 
 def from_array(array: np.ndarray, kind: Kind) -> Tensor:
     """The inverse of `to_array`."""
+    if not kind.numel:
+        return torch.empty(kind.shape, dtype=kind.dtype)
     if not (array.flags.writeable and array.flags.c_contiguous):
         array = np.array(array, order="C")
     tensor = torch.from_numpy(array)

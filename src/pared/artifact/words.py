@@ -1,3 +1,41 @@
-"""Words that manifests are made of; part of version 1 of the format, so it never changes."""
+"""Words that manifests are made of, rare ones first: deflate reaches what is near the end with fewer bits.
 
-WORDS = b""
+Taken from the manifests of common networks. They are part of version 1 of the format and never change.
+"""
+
+WORDS = (
+    b'["conv2d","1","s",null,[1,1],[1,1],[1,1],32],["conv2d","i0","s","s",[1,1],[1,1]],["conv2d","1","s",'
+    b'null,[2,2],[1,1]],["new_ones","4",[],{"dtype":"$b1"}],["conv2d","1","s","s",[1,1],[1,1]],["conv2d",'
+    b'"i0","s","s",[16,16]],["max_pool2d","1",[2,2],[2,2]],["conv2d","i0","s","s",[4,4]],["conv2d","9",'
+    b'"s",null,[2,2]],["slice.Tensor","1",1,null,1],["expand","s",["4",-1,-1]],["__and__.Tensor","4","1"],'
+    b'["cls_token","pos_embed"],["permute","1",[0,2,3,1]],["hardtanh","1",0.0,6.0],["add.Tensor","4","1"],'
+    b'["mul.Tensor","2","1"],["add.Tensor","7","1"],["le.Tensor","1","2"],["diff","3",1,-1,"1"],'
+    b'["eq.Tensor","2","1"],["mean.dim","1",[1]],["sub.Tensor","1",1],["cat",["1","2"],1],["unsqueeze",'
+    b'"7",0],["unsqueeze","5",1],["unsqueeze","6",0],["unsqueeze","1",2],["ne.Scalar","1",1],'
+    b'["contiguous","1"],["linear","1","s"],["cumsum","1",-1],["tanh","1"],"self_attn.,"features.,'
+    b'"encoder.,"layer2.,"layer1.,"layer3.,"layer4.,"conv3.,["scaled_dot_product_attention","3","2","1"],'
+    b'["max_pool2d","1",[3,3],[2,2],[1,1]],["conv2d","i0","s",null,[2,2],[3,3]],["conv2d","i0","s",null,'
+    b'[2,2],[1,1]],["conv2d","1","s",null,[1,1],[1,1]],["flatten.using_ints","1",2],["arange",16,'
+    b'{"device":"^"}],["permute","1",[2,0,3,1,4]],["embedding","s","i0"],["add.Tensor","1","s"],'
+    b'["select.int","1",1,0],["add.Tensor","1",0],["unsqueeze","1",3],["unsqueeze","1",1],["unbind.int",'
+    b'"1"],"patch_embed.,"conv_stem.,"conv_head.,"conv_pwl.,"conv_pw.,"layers.,"stem.,"conv.,"qkv.,'
+    b'["add.Tensor","3","1"],["=getitem","3",2],["=getitem","2",1],"conv_dw.,"attn.,"proj.,"bn3.,'
+    b'["conv2d","1","s","s"],["add.Tensor","1","9"],["add.Tensor","5","1"],["unsqueeze","1",0],'
+    b'["=getitem","1",0],"downsample.,"classifier.,"conv1.,"conv2.,"bn1.,"bn2.,["conv2d","1","s"],["gelu",'
+    b'"1"],"norm1.,"norm2.,"mlp.,"fc.,["transpose.int","1",1,2],"fc2.,"fc1.,["batch_norm","1","s","s","s",'
+    b'"s",false,0.1,1e-05,true],["sym_size.int","i0",0],"blocks.,"norm.,["weight","bias","!running_mean",'
+    b'"!running_var"],["adaptive_avg_pool2d","1",[1,1]],["!num_batches_tracked:i64"],"head.,'
+    b'["flatten.using_ints","1",1],["relu","1"],["weight"],["linear","1","s","s"],["weight","bias"],'
+    b'{"version":2},{"rank":16},{"scales":"float32"},{"table":"float32"},{"names":["weight"]},'
+    b'{"pattern":"2:4"},{"group":"tensor"},"provenance":{"source":"","seed":0},'
+    b'"recipe":"steps:\\n  - chain:\\n      - quantize.integer: {bits: 8}\\n",'
+    b'"aliases":[["groups":[["planes","constant","huffman","packed","raw","context","rans"],"program":[1,'
+    b'["input_ids",["i64",-1,-2]],["structure.bake"],["factor.low_rank",{"keep":0.5}],["factor.low_rank",'
+    b'{"rank":8}],["quantize.integer",{"bits":8,"group":64}],["quantize.codebook",{"bits":5}],'
+    b'["prune.magnitude",{"pattern":"2:4"}],"edits":[[[0,"dense/table"],[0,"scale"],[[["down"],["up"]]]],'
+    b'{"tensors":[[["weight","bias"],["weight","bias","!running_mean","!running_var",'
+    b'"!num_batches_tracked:i64"]],["conv1","conv2","fc1","fc2"],[0,0,0,0]],"shapes":[[20,1,5,5],0,[64,64,'
+    b'3,3],0],"techniques":[["prune.magnitude",{"sparsity":0.9}],["quantize.integer",{"bits":4}],'
+    b'["quantize.codebook"],[[0,1]],[[0,2]]],"edits":[[2,[{},[["dense",{"zero":true}]]],0,2,4,6],[1,0,1,3,'
+    b'5]],"coders":["rans","context","planes"],"groups":[[1,2]],"program":[1,["x",[-1,3,224,224]],8,'
+)

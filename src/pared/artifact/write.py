@@ -20,7 +20,7 @@ from pared.artifact.manifest import Manifest, dumps, loads
 from pared.artifact.read import Contents
 from pared.artifact.skeleton import listed, skeleton
 from pared.artifact.streams import Streams
-from pared.artifact.tensors import Entry, Kind, Place, check_storable, digest, places, same_bits, to_array
+from pared.artifact.tensors import Entry, Kind, Place, check_storable, coded_in, digest, places, same_bits, to_array
 from pared.errors import ArtifactError, InputError, TraceError
 from pared.graph import Program, trace
 from pared.graph.module import ProgramModule
@@ -79,7 +79,7 @@ def to_bytes(model: nn.Module, record: Record, store: str = "smallest", with_pro
     program = _program(model, twin, record) if with_program else None
     values = {path: place.held for place in places(twin) for path in place.paths if isinstance(place.held, Tensor)}
     values |= {path: tensor for path, tensor in program.constants.items() if path not in values} if program else {}
-    entries = _entries(held, values, program)
+    entries = [replace(entry, transposed=_is_transposed(root, entry)) for entry in _entries(held, values, program)]
     by_path = {path: place for place in held for path in place.paths}
     stored: list[tuple[str, Tensor]] = []
     for entry in entries:
@@ -126,6 +126,22 @@ def _entries(held: list[Place], values: Mapping[str, Tensor], program: Program |
             value = place.held if isinstance(place.held, Tensor) else values[place.path]
             entries.append(Entry(place.path, place.role, Kind.of(value), tuple(place.aliases)))
     return entries
+
+
+def _is_transposed(root: nn.Module, entry: Entry) -> bool:
+    for path in entry.paths:
+        parent, _, name = path.rpartition(".")
+        owner = _module_at(root, parent)
+        if isinstance(owner, nn.modules.conv._ConvTransposeNd) and name in coded_in(owner):
+            return True
+    return False
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name) if module is not None else None
+    return module
 
 
 def _check_explained(root: nn.Module, manifest: Manifest, text: bytes) -> None:

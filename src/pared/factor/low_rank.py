@@ -99,8 +99,8 @@ class LowRank(Technique):
     structure_type: ClassVar = LowRankStructure
     ladder: ClassVar = ({"keep": 0.95}, {"keep": 0.6}, {"keep": 0.3})
 
-    keep: float | None = Field(None, gt=0, lt=1, description="share of the layer's weights that stay")
-    rank: int | None = Field(None, ge=1, description="the rank itself, instead of keep")
+    keep: float | None = Field(default=None, gt=0, lt=1, description="share of the layer's weights that stay")
+    rank: int | None = Field(default=None, ge=1, description="the rank itself, instead of keep")
 
     @model_validator(mode="after")
     def _one_of(self) -> LowRank:

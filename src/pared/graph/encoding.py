@@ -172,9 +172,7 @@ def decode(obj: Any, max_bytes: int | None) -> Program:
     """See `Program.from_json`."""
     row = _list(obj, "a program", 6, 8)
     if row[0] != VERSION or type(row[0]) is not int:
-        raise ArtifactError(
-            f"this pared reads programs of version {VERSION}, found {_show(row[0])}; load with a newer pared"
-        )
+        raise ArtifactError(f"this pared reads programs of version {VERSION}, found {_show(row[0])}; load with a newer pared")
     symbols = _symbols(row[6] if len(row) > 6 else [])
     static_reason = row[7] if len(row) > 7 else None
     if static_reason is not None:
@@ -300,9 +298,7 @@ def _read_branches(row: list[Any], read: Callable[[Any, str], Any], depth: int) 
         return tuple(branches) if mark == "(" else branches
     if mark == "{" and len(rest) % 2 == 0:
         keys = rest[::2]
-        if not all(type(key) is int or (isinstance(key, str) and len(key) <= 1000) for key in keys) or len(
-            set(keys)
-        ) != len(keys):
+        if not all(type(key) is int or (isinstance(key, str) and len(key) <= 1000) for key in keys) or len(set(keys)) != len(keys):
             raise ArtifactError("the keys of a dict of inputs or outputs must be distinct texts or whole numbers")
         return {key: read(branch, f"[{key!r}]") for key, branch in zip(keys, rest[1::2], strict=True)}
     if mark == "=" and len(rest) == 1 and (rest[0] is None or isinstance(rest[0], bool | int | float | str)):
@@ -363,9 +359,7 @@ class _Reader:
             total += sizes[number]
             if total > _MOST_ARGUMENTS:
                 raise ArtifactError(f"the nodes of a program may have at most {_MOST_ARGUMENTS} arguments in all")
-            nodes.append(
-                Node(op, tuple(self.place(a, k) for a in args), {name: self.place(a, k) for name, a in kwargs.items()})
-            )
+            nodes.append(Node(op, tuple(self.place(a, k) for a in args), {name: self.place(a, k) for name, a in kwargs.items()}))
         return tuple(nodes)
 
     def parse(self, call: Any) -> tuple[str, list[Any], Mapping[str, Any]]:

@@ -111,9 +111,7 @@ class Value:
 
     __slots__ = ("args", "kwargs", "op", "val")
 
-    def __init__(
-        self, op: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, val: Any = None
-    ) -> None:
+    def __init__(self, op: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, val: Any = None) -> None:
         self.op = op
         self.args = args
         self.kwargs = dict(kwargs or {})
@@ -165,13 +163,9 @@ class Graph:
         results = self._walk(exported.graph_module, environment)
         results = results if isinstance(results, list) else [results]
         specs_out = exported.graph_signature.output_specs
-        self.written_states = [
-            str(spec.target).removeprefix("model.") for spec in specs_out if spec.kind.name in _WRITES
-        ]
+        self.written_states = [str(spec.target).removeprefix("model.") for spec in specs_out if spec.kind.name in _WRITES]
         self.outputs = [
-            self._current(result)
-            for result, spec in zip(results, specs_out, strict=True)
-            if spec.kind.name == "USER_OUTPUT"
+            self._current(result) for result, spec in zip(results, specs_out, strict=True) if spec.kind.name == "USER_OUTPUT"
         ]
 
     def input_values(self) -> list[Any]:
@@ -260,28 +254,20 @@ class Graph:
         if base in _IDENTITIES or (base.rstrip("_").endswith("dropout") and _is_inactive_dropout(node)):
             return args[0]
         if base in _RANDOM:
-            raise TraceError(
-                f"the model draws random numbers in eval mode ({base}); make it deterministic when not training"
-            )
+            raise TraceError(f"the model draws random numbers in eval mode ({base}); make it deterministic when not training")
         val = node.meta.get("val")
         if base == "to" and _is_same(args[0].val, val):
             return args[0]
         if name == "slice.Tensor" and _is_whole_slice(args):
             return args[0]
-        if (
-            name == "slice_scatter.default"
-            and _is_whole_slice((args[0], *args[2:]))
-            and args[1].val.dtype == args[0].val.dtype
-        ):
+        if name == "slice_scatter.default" and _is_whole_slice((args[0], *args[2:])) and args[1].val.dtype == args[0].val.dtype:
             return args[1]
         if name == "clone.default" and len(args) == 1 and not kwargs and str(args[0].val.stride()) == str(val.stride()):
             return args[0]
         if target.namespace == "pared":
             return self._add(Value(f"aten.{base}.input", args, kwargs, val))
         if name == "_native_batch_norm_legit_no_training.default":
-            value = self._add(
-                Value("aten.batch_norm.default", (*args[:5], False, args[5], args[6], True), kwargs, val[0])
-            )
+            value = self._add(Value("aten.batch_norm.default", (*args[:5], False, args[5], args[6], True), kwargs, val[0]))
             return [value, None, None]
         if name == "batch_norm.default":
             args = (*args[:8], True)  # whether cuDNN may be used depends on where it was traced

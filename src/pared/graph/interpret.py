@@ -79,9 +79,7 @@ Observe = Callable[[int, Node, str, Inputs, Callable[..., Any]], Any]
 """observe(index, node, op_name, inputs, run) -> output to go on with; run() computes it, run(*values) with others."""
 
 
-def interpret(
-    program: Program, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, observe: Observe
-) -> Any:
+def interpret(program: Program, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, observe: Observe) -> Any:
     """The outputs of the program; `observe` stands around every operator that reads a state or a view of one.
 
     Views and casts of states are not shown themselves: what reads them is shown, with their lineage. LSTM, GRU and
@@ -164,9 +162,7 @@ def _execute(
     def operand(argument: Any) -> Any:
         if isinstance(argument, list):
             return [operand(a) for a in argument]
-        return Operand(
-            resolve(argument, values, device), lineages[argument.index] if isinstance(argument, Ref) else None
-        )
+        return Operand(resolve(argument, values, device), lineages[argument.index] if isinstance(argument, Ref) else None)
 
     inputs = [operand(a) for a in node.args]
     named = {name: resolve(a, values, device) for name, a in node.kwargs.items()}
@@ -266,9 +262,7 @@ def _layers(cell: Cell) -> Callable[[_Linears, dict[str, Any]], tuple[Tensor, ..
             for direction in range(n_directions):
                 position = layer * n_directions + direction
                 weights = bound["params"][position * n_weights : (position + 1) * n_weights]
-                out, last = _one_layer(
-                    linear, cell, x, [h[position] for h in hx], weights, biases, projects, direction == 1
-                )
+                out, last = _one_layer(linear, cell, x, [h[position] for h in hx], weights, biases, projects, direction == 1)
                 outputs.append(out)
                 for gathered, state in zip(finals, last, strict=True):
                     gathered.append(state)

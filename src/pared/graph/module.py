@@ -50,9 +50,7 @@ def build_root(program: Program, tensors: Mapping[str, Tensor]) -> nn.Module:
                 module.add_module(owner, child)
             module = child
         if state.role == "parameter":
-            own = (
-                tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.requires_grad)
-            )
+            own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.requires_grad)
             module.register_parameter(name, own)
         else:
             module.register_buffer(name, tensor, persistent=state.role == "buffer")
@@ -135,9 +133,7 @@ def _match(name: str, tree: Any, value: Any) -> Iterator[Tensor]:
     elif tree is UNSUPPLIED:
         raise InputError(f"the input {name} was not given when the model was traced; leave it out")
     elif type(value) is not type(tree) or value != tree:
-        raise InputError(
-            f"the input {name} was {tree!r} when the model was traced and cannot change, got {_brief(value)}"
-        )
+        raise InputError(f"the input {name} was {tree!r} when the model was traced and cannot change, got {_brief(value)}")
 
 
 def _brief(value: Any) -> str:
@@ -219,9 +215,7 @@ _FRESH = frozenset(
 _IN_PLACE = frozenset("relu relu6 hardtanh silu hardswish hardsigmoid leaky_relu elu add.Tensor".split())
 
 
-def _in_place_form(
-    program: Program, k: int, users: list[list[int]], kept: Mapping[int, None]
-) -> Callable[..., Any] | None:
+def _in_place_form(program: Program, k: int, users: list[list[int]], kept: Mapping[int, None]) -> Callable[..., Any] | None:
     """The form of node k that writes into its first argument, if nothing else can ever see that argument."""
     node = program.nodes[k]
     name = node.op.removeprefix("aten.").removesuffix(".default")
@@ -282,10 +276,7 @@ def plan(program: Program) -> Plan:
         if k >= 0 and index not in kept:
             forgets[k].append(index)
     users = program.users()
-    steps = (
-        _step(node, reads[k], forgets[k], _in_place_form(program, k, users, kept))
-        for k, node in enumerate(program.nodes)
-    )
+    steps = (_step(node, reads[k], forgets[k], _in_place_form(program, k, users, kept)) for k, node in enumerate(program.nodes))
     return Plan(tuple(steps), tuple(i for i in kept if program.is_state(i) and i not in first_use))
 
 

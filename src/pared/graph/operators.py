@@ -191,9 +191,7 @@ class Operator:
 
     __slots__ = ("arguments", "function", "name", "results")
 
-    def __init__(
-        self, name: str, function: Callable[..., Any], arguments: tuple[Argument, ...], results: tuple[str, ...]
-    ) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], arguments: tuple[Argument, ...], results: tuple[str, ...]) -> None:
         self.name = name
         self.function = function
         self.arguments = arguments
@@ -238,9 +236,7 @@ class Operator:
         }
         return tuple(short), named
 
-    def check(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], kind_of: Callable[[Ref], str | tuple[str, ...]]
-    ) -> str | None:
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], kind_of: Callable[[Ref], str | tuple[str, ...]]) -> str | None:
         """What is wrong with such a call, or None. `kind_of` gives the kind of a referenced value."""
         positional = [a for a in self.arguments if not a.keyword_only]
         if len(args) > len(positional):
@@ -352,8 +348,7 @@ def find(name: str) -> Operator | None:
     if not results or "" in results or not any("Tensor" in t for t in types):
         return None
     arguments = tuple(
-        Argument(a.name, str(a.real_type), a.has_default_value(), a.default_value, a.kwarg_only)
-        for a in schema.arguments
+        Argument(a.name, str(a.real_type), a.has_default_value(), a.default_value, a.kwarg_only) for a in schema.arguments
     )
     return Operator(name, _GUARDED.get(name, function), arguments, results)
 

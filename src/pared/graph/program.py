@@ -187,9 +187,7 @@ class Program:
         self.outputs = outputs
         self.constants = dict(constants or {})
         self.static_reason = static_reason
-        self.kinds: tuple[str | tuple[str, ...], ...] = self._check(
-            DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
-        )
+        self.kinds: tuple[str | tuple[str, ...], ...] = self._check(DEFAULT_MAX_BYTES if max_bytes is None else max_bytes)
 
     def _check(self, max_bytes: int) -> tuple[str | tuple[str, ...], ...]:
         for what, count in (("inputs", len(self.inputs)), ("states", len(self.states)), ("nodes", len(self.nodes))):
@@ -210,9 +208,7 @@ class Program:
         for k, node in enumerate(self.nodes):
             operator = find(node.op)
             if operator is None:
-                raise ArtifactError(
-                    f"node {k}: {node.op} is not an operator of pared programs; load with a newer pared"
-                )
+                raise ArtifactError(f"node {k}: {node.op} is not an operator of pared programs; load with a newer pared")
             if any(not 0 <= ref.index < len(kinds) for ref in node.refs()):
                 raise ArtifactError(f"node {k} ({node.op}) refers to a value that does not come before it")
             if node.op == "operator.getitem":
@@ -224,9 +220,7 @@ class Program:
             check_size(node.op, operator.bind(node.args, node.kwargs), max_bytes)
             kinds.append(operator.kind)
         for leaf in leaves(self.outputs):
-            if isinstance(leaf, Ref) and not (
-                0 <= leaf.index < len(kinds) and kinds[leaf.index] in ("tensor", "scalar")
-            ):
+            if isinstance(leaf, Ref) and not (0 <= leaf.index < len(kinds) and kinds[leaf.index] in ("tensor", "scalar")):
                 raise ArtifactError("an output of the program is not a tensor or a size that the program computes")
         return tuple(kinds)
 

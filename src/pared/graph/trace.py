@@ -166,9 +166,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What torch logs about a failed export is in the error that is raised."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
-    ]
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -197,7 +195,7 @@ class _Call:
         self.tensors: list[Tensor] = []
         self.paths: list[tuple[int | str, ...]] = []
         self.parameters: list[Parameter] = []
-        self.positions: dict[str, int] = {}
+        self.positions: dict[tuple[int | str, ...], int] = {}
         roles: dict[Any, str] = {
             inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**",
             inspect.Parameter.KEYWORD_ONLY: "keyword",
@@ -206,9 +204,15 @@ class _Call:
         for i, (name, parameter) in enumerate(signature.parameters.items()):
             if not supplied or i > list(signature.parameters).index(supplied[-1]):
                 break
-            self.positions[name] = i
             role: Any = roles.get(parameter.kind, "positional")
-            if name in bound.arguments:
+            if role == "*":
+                self.positions.update({(name, k): i + k for k in range(len(bound.arguments.get(name, ())))})
+            elif role == "positional":
+                self.positions[(name,)] = i
+            tree: Any
+            if name in bound.arguments and role == "**":
+                tree = {key: self._flatten(value, (key,)) for key, value in bound.arguments[name].items()}
+            elif name in bound.arguments:
                 tree = self._flatten(bound.arguments[name], (name,))
             elif role in ("*", "**"):
                 tree = () if role == "*" else {}
@@ -245,12 +249,12 @@ class _Call:
         """For every tensor, the axes that the caller asked to be free."""
         names: dict[AxisKey, int] = {}
         for k, path in enumerate(self.paths):
-            for first in (path[0], self.positions[str(path[0])]):
-                full = (first, *path[1:])
+            by_position = [(i, *path[len(start) :]) for start, i in self.positions.items() if path[: len(start)] == start]
+            for full in (path, *by_position):
                 names[full] = k
                 names[".".join(map(str, full))] = k
                 if len(full) == 1:
-                    names[first] = k
+                    names[full[0]] = k
         found: list[set[int]] = [set() for _ in self.tensors]
         for key, axes in dynamic.items():
             if key not in names:
@@ -340,9 +344,7 @@ class _Outputs:
                 held[name] = tree
         self.enclosing.pop()
         if not held:
-            raise TraceError(
-                f"a model must return tensors, numbers, texts, tuples, lists or dicts, got {type(value).__name__}"
-            )
+            raise TraceError(f"a model must return tensors, numbers, texts, tuples, lists or dicts, got {type(value).__name__}")
         return held
 
 

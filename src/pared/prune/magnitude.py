@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pared.numerics import smallest
 from pared.site import Site
 from pared.statistics import Statistics
 from pared.technique import Structure, Technique, Tensors
@@ -45,8 +46,8 @@ class Magnitude(Technique):
     paper: ClassVar = "arXiv:1506.02626"
     ladder: ClassVar = ({"sparsity": 0.1}, {"sparsity": 0.5}, {"sparsity": 0.9})
 
-    sparsity: float | None = Field(None, ge=0, lt=1, description="share of weights that become zero; not with n:m")
-    pattern: str = Field("unstructured", description='"unstructured", "n:m" (n of every m stay) or "RxC" (blocks)')
+    sparsity: float | None = Field(default=None, ge=0, lt=1, description="share of weights that become zero; not with n:m")
+    pattern: str = Field(default="unstructured", description='"unstructured", "n:m" (n of every m stay) or "RxC" (blocks)')
 
     @model_validator(mode="after")
     def _consistent(self) -> Magnitude:
@@ -110,13 +111,13 @@ class Magnitude(Technique):
 
 def _largest(score: Tensor, sparsity: float) -> Tensor:
     """1 for the largest scores; ceil((1 - sparsity) * numel) of them, ties broken by position."""
-    flat = score.flatten()
-    n_out = int(sparsity * flat.numel())
-    kept = torch.ones_like(flat)
-    if n_out:
-        threshold = flat.kthvalue(n_out).values
-        below = flat < threshold
-        kept[below] = 0
-        ties = (flat == threshold).nonzero().flatten()
-        kept[ties[: n_out - int(below.sum())]] = 0
-    return kept.reshape(score.shape)
+    n_out = int(sparsity * score.numel())
+    if n_out == 0:
+        return torch.ones_like(score)
+    threshold = smallest(score, n_out)
+    kept = (score > threshold).to(score.dtype)
+    missing = score.numel() - n_out - int(kept.sum(dtype=torch.float64))
+    if missing:
+        ties = (score == threshold).flatten().nonzero().flatten()
+        kept.view(-1)[ties[len(ties) - missing :]] = 1
+    return kept

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pared.numerics import FloatName, table_dtype
+from pared.numerics import FloatName, nearest, table_dtype
 from pared.site import Site
 from pared.statistics import Curvature, Statistics
 from pared.technique import Structure, Technique, Tensors
@@ -26,7 +26,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, codes: Tensor) -> Tensor:
         ctx.save_for_backward(codes)
         ctx.size = len(table)
-        return table[codes.to(torch.int32)]
+        return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -83,8 +83,8 @@ class Codebook(Technique):
     structure_type: ClassVar = CodebookStructure
     ladder: ClassVar = ({"bits": 6}, {"bits": 4}, {"bits": 2})
 
-    bits: int = Field(4, ge=1, le=8, description="bits per index")
-    iterations: int = Field(40, ge=1, le=1000, description="steps of k-means")
+    bits: int = Field(default=4, ge=1, le=8, description="bits per index")
+    iterations: int = Field(default=40, ge=1, le=1000, description="steps of k-means")
 
     def refuse(self, site: Site) -> str | None:
         value = site.tensor
@@ -118,10 +118,11 @@ class Codebook(Technique):
         decoder = cast(CodebookDecoder, parts)
         value = site.tensor.float()
         table, order = decoder.table.to(torch.float32).sort()
-        nearest = torch.bucketize(value, (table[1:] + table[:-1]) / 2)
-        codes = order[nearest]
+        codes = nearest(value, (table[1:] + table[:-1]) / 2)
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):  # training may have swapped values
+            codes = order[codes.long()]
         if decoder.zero:
-            codes = torch.where(value == 0, 0, codes + 1)
+            codes = (codes + 1) * (value != 0)
         cast(Tensor, decoder.codes).copy_(codes)
 
     @staticmethod

@@ -8,10 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pared.numerics import FloatName, as_rows, channel_axis, from_rows, table_dtype
+from pared.numerics import FloatName, as_rows, channel_axis, from_rows, scale_dtype
 from pared.site import Site
 from pared.statistics import Curvature, Statistics
 from pared.technique import Structure, Technique, Tensors
+
+_CLIPS = {bits: (1.15, 0.2, 20) for bits in (2, 3, 4)} | {5: (1.0, 0.43, 20), 6: (1.0, 0.62, 20)}
+_CLIPS |= {bits: (1.0, 0.86, 8) for bits in (7, 8)}
+"""Scales that are tried, by bits: from, to and how many, in parts of the scale that clips nothing. More bits clip less."""
 
 
 class IntegerStructure(Structure):
@@ -80,9 +84,9 @@ class Integer(Technique):
     structure_type: ClassVar = IntegerStructure
     ladder: ClassVar = ({"bits": 8}, {"bits": 5}, {"bits": 3})
 
-    bits: int = Field(8, ge=2, le=8, description="bits per weight")
+    bits: int = Field(default=8, ge=2, le=8, description="bits per weight")
     group: Annotated[int, Field(ge=2)] | Literal["tensor", "channel"] = Field(
-        "channel", description="what shares a scale: the tensor, an output channel, or so many weights of a channel"
+        default="channel", description="what shares a scale: the tensor, an output channel, or so many weights of a channel"
     )
 
     def refuse(self, site: Site) -> str | None:
@@ -97,8 +101,11 @@ class Integer(Technique):
         return None
 
     def decide(self, site: Site, statistics: Statistics) -> IntegerStructure:
-        value = site.tensor
-        return IntegerStructure() if value.is_meta else IntegerStructure(scales=table_dtype(value / 2 ** (self.bits - 1)))
+        if site.tensor.is_meta:
+            return IntegerStructure()
+        rows = self._rows(site, channel_axis(site.owner))
+        reach = _grouped(rows, self._group(site)).abs().amax(2)
+        return IntegerStructure(scales=scale_dtype(reach / 2 ** (self.bits - 1)))
 
     def build(self, site: Site, structure: Structure) -> IntegerDecoder:
         value = site.tensor
@@ -113,7 +120,7 @@ class Integer(Technique):
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         decoder = cast(IntegerDecoder, parts)
-        rows, weights = self._rows(site, decoder), self._weights(site, decoder, statistics)
+        rows, weights = self._rows(site, decoder.axis), self._weights(site, decoder, statistics)
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         grouped, importance = _grouped(rows, decoder.group), _grouped(weights, decoder.group)
         top, bottom = grouped.amax(2), grouped.amin(2)
@@ -123,9 +130,8 @@ class Integer(Technique):
         widest = torch.where(widest == 0, torch.ones_like(widest), widest)
         best = widest.clone()
         best_error = torch.full_like(widest, torch.inf)
-        n_tries = 8 if self.bits >= 7 else 20
-        for shrink in torch.linspace(1.15 if self.bits <= 4 else 1.05, 0.75 if self.bits >= 7 else 0.3, n_tries):
-            scale = widest * float(shrink)
+        for shrink in torch.linspace(*_CLIPS[self.bits]).tolist():
+            scale = widest * shrink
             for _ in range(2 if self.bits <= 4 else 1):
                 q = (grouped / scale[:, :, None]).round_().clamp_(low, high)
                 weighted = importance * q
@@ -142,7 +148,7 @@ class Integer(Technique):
 
     def encode(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         decoder = cast(IntegerDecoder, parts)
-        rows = self._rows(site, decoder)
+        rows = self._rows(site, decoder.axis)
         scale = decoder.scale.to(torch.float32).repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         codes = (rows / scale).round_().clamp_(low, high).to(torch.int8)
@@ -158,9 +164,9 @@ class Integer(Technique):
             return value.numel()
         return columns if self.group == "channel" else min(int(self.group), columns)
 
-    def _rows(self, site: Site, decoder: IntegerDecoder) -> Tensor:
+    def _rows(self, site: Site, axis: int) -> Tensor:
         value = site.tensor.float()
-        return value.reshape(1, -1) if self.group == "tensor" else as_rows(value, decoder.axis)
+        return value.reshape(1, -1) if self.group == "tensor" else as_rows(value, axis)
 
     def _weights(self, site: Site, decoder: IntegerDecoder, statistics: Statistics) -> Tensor:
         curvature = statistics.curvature(site.covers[0])

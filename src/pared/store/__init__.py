@@ -78,9 +78,7 @@ def decode(coder: str, payload: bytes | memoryview, shape: tuple[int, ...], dtyp
     Allocates a small multiple of what shape and dtype say, whatever the payload holds.
     """
     if coder not in _coders():
-        raise StoreError(
-            f"a coder must be one of {', '.join(names())}; got {coder!r}: the file is damaged or of a newer version"
-        )
+        raise StoreError(f"a coder must be one of {', '.join(names())}; got {coder!r}: the file is damaged or of a newer version")
     dtype = np.dtype(dtype)
     if not _is_storable(dtype):
         raise StoreError(f"a coded tensor must be of integers, bool or floats of at most 64 bits, got {dtype}")

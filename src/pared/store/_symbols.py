@@ -49,9 +49,7 @@ class Symbols:
 
     @cached_property
     def codes(self) -> np.ndarray:
-        codes = _shift_down(self._values, self.lowest).astype(
-            np.uint8 if self.alphabet <= 256 else np.uint16, copy=False
-        )
+        codes = _shift_down(self._values, self.lowest).astype(np.uint8 if self.alphabet <= 256 else np.uint16, copy=False)
         return codes if codes.flags.writeable else codes.copy()  # numba compiles again for arrays that are not
 
     @cached_property

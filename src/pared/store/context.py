@@ -140,9 +140,7 @@ def _tables() -> tuple[np.ndarray, ...]:
     return squash, stretch.astype(np.int64), rate, cost
 
 
-def _run(
-    mode: int, codes: np.ndarray, alphabet: int, zero: int, columns: int, block: int, stream: np.ndarray
-) -> tuple[int, float]:
+def _run(mode: int, codes: np.ndarray, alphabet: int, zero: int, columns: int, block: int, stream: np.ndarray) -> tuple[int, float]:
     """What _pass returns, from machine code or, for few codes, from Python. codes uint16, stream uint8."""
     n_states = (2 + _N_NEIGHBOURHOODS) * _N_SLOTS + (columns + (columns - 1) // block + 1) * _N_OWN
     states = (

@@ -7,13 +7,14 @@ import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pared import store
+from pared import registry, store
 from pared.errors import MissingExtra, RecipeError
 from pared.place import place_everywhere, relax_, settle_
 from pared.site import install_
@@ -231,9 +232,12 @@ def the_export_agrees(technique: Technique, trained: Net) -> None:
 @cache
 def partners() -> tuple[Technique, ...]:
     """With whom every technique has to get along: one that prunes, one that codes, one that changes modules."""
-    from pared import factor, prune, quantize
-
-    return prune.Magnitude(sparsity=0.5), quantize.Integer(bits=6), factor.LowRank(keep=0.5)
+    settings: dict[str, dict[str, Any]] = {
+        "prune.magnitude": {"sparsity": 0.5},
+        "quantize.integer": {"bits": 6},
+        "factor.low_rank": {"keep": 0.5},
+    }
+    return tuple(registry.get(name)(**fields) for name, fields in settings.items())
 
 
 def _must_fall(measure: str, rungs: list[Technique], values: list[float], name: str) -> None:

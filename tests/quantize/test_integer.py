@@ -1,0 +1,142 @@
+"""Integers against brute force: every scale on a fine grid, refined."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pared.quantize import Integer
+from pared.site import Site, install_
+from pared.statistics import Curvature, Diagonal, Statistics
+from pared.testing import Case, cases
+
+
+@pytest.mark.parametrize("case", cases(Integer(bits=4, group=16), Integer(bits=6, group="tensor")), ids=str)
+def test_conformance_of_groups(case: Case) -> None:
+    case()
+
+
+def site_of(weight: Tensor) -> Site:
+    module = nn.Module()
+    module.weight = nn.Parameter(weight)
+    return Site.of(module, "weight")
+
+
+def squared_error(weight: Tensor, **settings: object) -> Tensor:
+    _, parts = Integer(**settings).solve(site_of(weight), Statistics())
+    return (parts() - weight).detach() ** 2
+
+
+def least_squared_error(rows: Tensor, bits: int) -> Tensor:
+    """Of each row, over scales of both signs on a fine grid, each refined by least squares."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    widest = rows.abs().amax(1) / 2 ** (bits - 1)
+    best = torch.full((len(rows),), torch.inf)
+    for factor in [sign * x for x in torch.linspace(0.02, 1.3, 1000).tolist() for sign in (1, -1)]:
+        q = (rows / (factor * widest)[:, None]).round().clamp(low, high)
+        scale = (q * rows).sum(1) / (q * q).sum(1).clamp_min(1e-30)
+        best = torch.minimum(best, ((rows - scale[:, None] * q) ** 2).sum(1))
+    return best
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("columns", [8, 32, 64])
+def test_the_scale_is_within_six_percent_of_brute_force(bits: int, columns: int) -> None:
+    rows = torch.randn(64, columns)
+    found = squared_error(rows, bits=bits).sum()
+    assert float(found) <= 1.06 * float(least_squared_error(rows, bits).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_halving_the_group_never_raises_error(bits: int) -> None:
+    weight = torch.randn(32, 256) * torch.rand(32, 1)
+    groups = ["tensor", "channel", 128, 64, 32, 16, 8, 4, 2]
+    errors = [float(squared_error(weight, bits=bits, group=group).sum()) for group in groups]
+    assert all(finer <= coarser for coarser, finer in pairwise(errors))
+
+
+def test_a_bit_more_takes_off_at_least_half_of_the_error() -> None:
+    errors = [float(squared_error(torch.randn(16, 512), bits=bits).sum()) for bits in range(2, 9)]
+    assert all(more < 0.5 * fewer for fewer, more in pairwise(errors))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_on_the_grid_are_exact(bits: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    q = torch.randint(low, high, (8, 64)).float()
+    q[:, 0] = low
+    assert float(squared_error(q * 0.25, bits=bits).max()) == 0
+
+
+def test_the_longer_tail_gets_the_longer_half_of_the_range() -> None:
+    weight = torch.tensor([[4.0, 2.0, 0.0, -2.0] * 4])
+    assert float(squared_error(weight, bits=2).max()) == 0
+    assert float(squared_error(-weight, bits=2).max()) == 0
+
+
+def test_curvature_decides_which_weights_are_exact() -> None:
+    weight = torch.tensor([[1.0, 0.37, -0.9, 0.61] * 4])
+    hessian = torch.where(weight == 0.37, 1000.0, 1e-3)
+    statistics = Statistics({"weight": Curvature(weight.shape, [Diagonal(hessian)])})
+    site, technique = site_of(weight), Integer(bits=2)
+    plain, weighted = (technique.solve(site, s)[1]() - weight for s in (Statistics(), statistics))
+    assert float(weighted[weight == 0.37].abs().max()) < float(plain[weight == 0.37].abs().max())
+    assert float((hessian * weighted**2).sum()) < float((hessian * plain**2).sum())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-5, 1.0, 1e4, 1e6])
+def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(scale: float) -> None:
+    weight = torch.randn(8, 64)
+    error = float(squared_error(weight * scale, bits=4).sum()) / scale**2
+    assert error == pytest.approx(float(squared_error(weight, bits=4).sum()), rel=0.02)
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    weight = torch.randn(4, 32)
+    weight[2] = 0
+    _, parts = Integer(bits=3).solve(site_of(weight), Statistics())
+    assert torch.equal(parts()[2], torch.zeros(32))
+
+
+def test_the_last_group_may_be_shorter() -> None:
+    weight = torch.randn(4, 50)
+    _, parts = Integer(bits=8, group=16).solve(site_of(weight), Statistics())
+    assert parts.scale.shape == (4, 4)
+    assert torch.allclose(parts(), weight, atol=0.03)
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose1d(6, 4, 3), nn.ConvTranspose2d(6, 8, 3, groups=2), nn.Conv3d(2, 6, 2)])
+def test_scales_belong_to_output_channels(layer: nn.Module) -> None:
+    axis = 1 if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d)) else 0
+    with torch.no_grad():
+        layer.weight *= (10.0 ** -torch.arange(layer.weight.shape[axis])).reshape(
+            [-1 if i == axis else 1 for i in range(layer.weight.ndim)]
+        )
+    expected = layer.weight.detach().clone()
+    model = nn.Sequential(layer).eval()
+    site = next(s for s in Integer(bits=8).sites(model) if s.path == "0.weight")
+    install_(site, Integer(bits=8).solve(site, Statistics())[1])
+    relative = ((layer.weight - expected).abs().amax([i for i in range(expected.ndim) if i != axis])) / (
+        expected.abs().amax([i for i in range(expected.ndim) if i != axis])
+    )
+    assert float(relative.max()) < 0.01
+
+
+def test_a_tensor_that_would_grow_is_refused() -> None:
+    weight = torch.randn(64, 2)
+    assert "larger" in (Integer(bits=8, group=2).refuse(site_of(weight.half())) or "")
+    assert Integer(bits=8, group=2).refuse(site_of(weight)) is None
+
+
+def test_codes_out_of_range_are_named() -> None:
+    _, parts = Integer(bits=3).solve(site_of(torch.randn(8, 8)), Statistics())
+    parts.check()
+    parts.codes[0, 0] = 4
+    with pytest.raises(ValueError, match=r"codes must lie in \[-4, 3\], found"):
+        parts.check()
+
+
+def test_cost_without_parts_is_codes_and_scales() -> None:
+    weight = torch.randn(32, 64)
+    assert Integer(bits=4, group=16).cost(site_of(weight)).stored_bits == 32 * 64 * 4 + 16 * 32 * 4
