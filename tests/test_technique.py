@@ -263,8 +263,10 @@ def test_encoding_in_a_chain_keeps_the_tables() -> None:
 
 
 def test_a_chain_anneals_link_by_link() -> None:
-    halfway = Chain(Magnitude(sparsity=0.8), Codebook(bits=2)).at(0.5)
-    assert halfway == Chain(Magnitude(sparsity=0.8 * 0.875), Codebook(bits=2))
+    chain = Chain(Magnitude(sparsity=0.8), Codebook(bits=2))
+    assert chain.at(0.3) == Magnitude(sparsity=0.8 * 0.875)
+    assert chain.at(0.6) == Magnitude(sparsity=0.8)
+    assert chain.at(1.0) == chain
 
 
 # Stand-ins.

@@ -23,9 +23,11 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, hf:NAME, FILE.py:FUNCTION, FILE.pt2 or FILE.pared")]
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--data", help="digits, mnist-5k, fashion-mnist[:DIR], folder:DIR, npz:FILE, text:FILE, hf:NAME or FILE.py:FUNCTION"
+        "--data",
+        help="digits, mnist-5k, fashion-mnist[:DIR], photographs, folder:DIR, npz:FILE, text:FILE, hf:NAME or FILE.py:FUNCTION; "
+        "not needed where MODEL's function returns (model, task)",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -35,8 +37,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 @app.command()
 def compress(
     model: Model,
-    data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the file, the report and for going on.")],
+    data: Data = None,
     size: Annotated[str | None, typer.Option(help='Size of the file: "20x", "5%", "1.2MB".')] = None,
     macs: Annotated[str | None, typer.Option(help='Multiply-adds: "2x", "50%", "300M".')] = None,
     latency: Annotated[str | None, typer.Option(help='"3x" or "3x@onnxruntime".')] = None,
@@ -99,7 +101,7 @@ def inspect(
 @app.command()
 def sensitivity(
     model: Model,
-    data: Data,
+    data: Data = None,
     recipe: Annotated[str | None, typer.Option(help="The recipe whose candidates are tried.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A JSON file for the table.")] = None,
     seed: int = 0,
@@ -272,10 +274,14 @@ class _Display:
         self.since.clear()
 
 
-def _model_and_task(model: str, data: str, seed: int, show: _Display) -> tuple[Any, Any]:
+def _model_and_task(model: str, data: str | None, seed: int, show: _Display) -> tuple[Any, Any]:
     from pared import sources
 
     net, facts = sources.model(model)
+    if data is None:
+        if facts.task is None:
+            raise InputError(f"--data must say which data {model} is for; give for example --data digits")
+        return net, facts.task
     found = sources.data(data, net, seed=seed, facts=facts)
     for note in found.notes:
         show({"say": note})

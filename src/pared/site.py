@@ -248,6 +248,8 @@ def install_(site: Site, parts: nn.Module, *, cache: bool = True) -> None:
             setattr(site.root.get_submodule(parent), name, parts)
         return
     like = site.tensor
+    if site.is_buffer:
+        parts.requires_grad_(False)
     decoded = Decoded(parts, cache)
     for path in site.paths:
         parent, _, name = path.rpartition(".")

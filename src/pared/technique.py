@@ -246,8 +246,16 @@ class StraightThrough(nn.Module):
         self.weight = nn.Parameter(site.tensor.clone())
         self.site = site.alone(self.weight)
         self.parts = build(technique, self.site, structure).requires_grad_(False)
+        start = technique.at(0.0)
+        is_part = isinstance(technique, Chain) and not isinstance(start, Chain)
+        self.early = build(start, self.site, start.decide(self.site, self.statistics)).requires_grad_(False) if is_part else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._fit()
+
+    @property
+    def shown(self) -> nn.Module:
+        """The parts that the weight is seen through now: of the whole chain, or of what of it is in force."""
+        return self.parts if self.early is None or isinstance(self.active, Chain) else self.early
 
     def anneal(self, progress: float) -> None:
         """Go on to the technique's state at this fraction of the training."""
@@ -258,7 +266,7 @@ class StraightThrough(nn.Module):
 
     def _fit(self) -> None:
         with torch.no_grad():
-            self.active.fit(self.site, self.parts, self.statistics)
+            self.active.fit(self.site, self.shown, self.statistics)
 
     def forward(self, original: Tensor | None = None) -> Tensor:
         with torch.no_grad():
@@ -267,8 +275,8 @@ class StraightThrough(nn.Module):
                 if step % self.REFIT == 0:
                     self._fit()
                 else:
-                    self.active.encode(self.site, self.parts, self.statistics)
-            value, passes = self.parts(), self.technique.passes(self.parts)
+                    self.active.encode(self.site, self.shown, self.statistics)
+            value, passes = self.shown(), self.active.passes(self.shown)
         return cast(Tensor, _Through.apply(self.weight, value, passes))
 
     def settle(self) -> nn.Module:
@@ -287,6 +295,7 @@ class StraightThrough(nn.Module):
         twin.weight = copy.deepcopy(self.weight, memo)
         twin.site = self.site.alone(twin.weight)
         twin.parts = copy.deepcopy(self.parts, memo)
+        twin.early = copy.deepcopy(self.early, memo)
         twin.register_buffer("steps", cast(Tensor, self.steps).clone())
         twin.training = self.training
         return twin
@@ -306,6 +315,9 @@ class Chain(Technique):
     >>> print(Chain(prune.Magnitude(sparsity=0.9), quantize.Codebook(bits=4)))
     chain(prune.magnitude(sparsity=0.9), quantize.codebook(bits=4))
     """
+
+    FIRST: ClassVar[float] = 0.6
+    """The share of the way after which the first technique of a chain on a tensor is in full force."""
 
     techniques: tuple[SerializeAsAny[Technique], ...]
     structure_type: ClassVar[type[Structure]] = ChainStructure
@@ -461,7 +473,10 @@ class Chain(Technique):
         return parts
 
     def at(self, progress: float) -> Technique:
-        return Chain(*(technique.at(progress) for technique in self.techniques))
+        """Before its end a chain on a tensor is its first technique alone: prune, train on, and only then cluster."""
+        if progress >= 1 or self.kind == "module":
+            return self
+        return self.first.at(min(1.0, progress / self.FIRST))
 
 
 def _remember(parts: nn.Module, structure: ChainStructure) -> nn.Module:

@@ -2,8 +2,8 @@
 
     python tests/artifact/make_golden.py
 
-Each file `vN-NAME.pared` comes with `vN-NAME.json`: the sha256 of every tensor as it decodes, and of the outputs for an input
-that a fixed formula gives.
+Each file `vN-NAME.pared` comes with `vN-NAME.json`: the sha256 of every tensor as it decodes, and the outputs, rounded, for an
+input that a fixed formula gives.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def test_hostile_files_do_no_more_harm_with_the_class_at_hand(fuzz, tmp_path):
     file = (tmp_path / "a.pared").read_bytes()
     expected = fuzz.tensors_of(artifact.load(tmp_path / "a.pared", fuzz.Residual()))
     outcomes = [
-        fuzz.judge(fuzz.hostile(file, random.Random(number)), tmp_path / "b.pared", expected, fuzz.Residual) for number in range(100)
+        fuzz.judge(fuzz.hostile(file, random.Random(number)), tmp_path / "b.pared", expected, fuzz.Residual)
+        for number in range(100)
     ]
     assert "refused" in outcomes and "same" in outcomes
 

@@ -151,14 +151,14 @@ def test_half_precision_weights_keep_their_type(tmp_path, same):
 
 
 def test_safetensors_opens_the_file(make, tmp_path):
-    model = make("convolutional", "deep").model
+    make("convolutional", "deep")
     with safe_open(tmp_path / "a.pared", "numpy") as file:
         assert list(file.keys()) == ["pared"]
         assert file.get_tensor("pared").nbytes > 0
 
 
 def test_loaded_models_have_no_training_mode_and_say_what_has(make, tmp_path):
-    model = make("convolutional").model
+    make("convolutional")
     loaded = artifact.load(tmp_path / "a.pared")
     assert not loaded.training
     with pytest.raises(InputError, match="MyNet"):
@@ -304,7 +304,9 @@ def test_describe_tells_of_a_model_what_inspect_tells_of_its_file(make, tmp_path
     of_model = {row["path"]: row for row in artifact.describe(model)["tensors"]}
     assert set(of_file) == set(of_model)
     for path, row in of_model.items():
-        assert {k: row[k] for k in ("technique", "shape", "dtype")} == {k: of_file[path][k] for k in ("technique", "shape", "dtype")}
+        assert {k: row[k] for k in ("technique", "shape", "dtype")} == {
+            k: of_file[path][k] for k in ("technique", "shape", "dtype")
+        }
 
 
 def test_the_overhead_of_a_small_file_is_small(tmp_path):

@@ -174,8 +174,8 @@ def test_a_coded_tensor_can_be_tried_again(setting):
 def test_sensitivity_has_a_row_for_every_site_and_option(setting):
     model, task = setting
     rows = sensitivity(model, task, [Halve(steps=8), Halve(steps=32), Shrink()])
-    assert [set(row) for row in rows] == [{"site", "technique", "stored_bits", "predicted", "measured"}] * len(rows)
-    tensors = [row for row in rows if row["site"].endswith("weight")]
+    assert [set(row) for row in rows] == [{"path", "technique", "stored_bits", "predicted", "measured"}] * len(rows)
+    tensors = [row for row in rows if row["path"].endswith("weight")]
     assert len(tensors) == 4
     for row in tensors:
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.6)

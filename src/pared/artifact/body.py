@@ -1,13 +1,13 @@
 """The bytes inside the frame.
 
-    version       1 byte
-    seal          16 bytes    sha256, cut off, of everything after it
-    digest        16 bytes    of the tensors, see `pared.artifact.tensors.digest`
-    method        1 byte      how the manifest is compressed
-    size, length  varints     of the manifest before and after compression
-    manifest
-    streams       varints     for every stream of the data: length * number of coders + number of the coder
-    data          the streams, one after the other
+version       1 byte
+seal          16 bytes    sha256, cut off, of everything after it
+digest        16 bytes    of the tensors, see `pared.artifact.tensors.digest`
+method        1 byte      how the manifest is compressed
+size, length  varints     of the manifest before and after compression
+manifest
+streams       varints     for every stream of the data: length * number of coders + number of the coder
+data          the streams, one after the other
 """
 
 from __future__ import annotations

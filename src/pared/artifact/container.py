@@ -83,7 +83,9 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
             raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"{path} could not be written ({len(data)} bytes): {reason}; what was there before is unchanged") from error
+        raise InputError(
+            f"{path} could not be written ({len(data)} bytes): {reason}; what was there before is unchanged"
+        ) from error
     _sync_folder(target.parent)
 
 

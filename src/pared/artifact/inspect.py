@@ -13,7 +13,7 @@ from pared import store
 from pared.artifact import container
 from pared.artifact.body import VERSION
 from pared.artifact.compression import pack
-from pared.artifact.manifest import Manifest, dumps
+from pared.artifact.manifest import Manifest, dumps, short_path
 from pared.artifact.read import Contents, border
 from pared.artifact.skeleton import links
 from pared.artifact.tensors import NAMES, Kind, places, to_array
@@ -31,10 +31,10 @@ def inspect(path: str | os.PathLike[str], max_bytes: int | None = None) -> dict[
         max_bytes: as for `pared.load`.
 
     Returns:
-        file_bytes = header_bytes + manifest_bytes + data_bytes, of which program_bytes are the program's share of the manifest;
-        original_bytes and n_elements: of the decoded tensors; ratio: original_bytes / file_bytes; bits_per_weight: of the whole file;
-        tensors: a row for each, with path, aliases, role, technique (None: stored as it is), shape, dtype, bytes, bits_per_weight and coders;
-        edits, recipe, provenance.
+        file_bytes = header_bytes + manifest_bytes + data_bytes; program_bytes: the program's share of the manifest;
+        original_bytes, n_elements: of the decoded tensors; ratio: original_bytes / file_bytes; bits_per_weight: of the file;
+        tensors: a row for each, with path, aliases, role, technique (None: stored as it is), shape, dtype, bytes,
+        bits_per_weight, coders; edits, recipe, provenance.
 
     Raises:
         ArtifactError: the file is cut off, damaged or altered.
@@ -60,7 +60,7 @@ def inspect(path: str | os.PathLike[str], max_bytes: int | None = None) -> dict[
     data_bytes = sum(len(payload) for _, payload in contents.payloads)
     return {
         "version": VERSION,
-        **_totals(rows, len(data)),
+        **_totals(rows, len(data), manifest.provenance),
         "header_bytes": len(data) - contents.manifest_bytes - data_bytes,
         "manifest_bytes": contents.manifest_bytes,
         "program_bytes": _program_bytes(manifest),
@@ -87,7 +87,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         size = sum(store.estimate_bits(to_array(part)) for _, part in place.stored()) / 8
         rows.append(_row(place.path, tuple(place.aliases), place.role, of.get(place.path), Kind.of(value), size))
     return {
-        **_totals(rows, round(sum(row["bytes"] for row in rows))),
+        **_totals(rows, round(sum(row["bytes"] for row in rows)), record.provenance),
         "tensors": rows,
         "edits": _edits(record.edits),
         "recipe": record.recipe,
@@ -96,8 +96,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _techniques(edits: list[Edit]) -> dict[str, str]:
-    """What coded each tensor, by its first path: the technique, or the chain of all that acted inside the new module."""
-    return {paths[0]: str(technique) for technique, paths, _ in links(edits)}
+    """What codes each tensor, by its first path, and after it what codes the tensors in its decoder."""
+    found: dict[str, str] = {}
+    for technique, paths, _ in links(edits):
+        path, _, inner = short_path(paths[0]).partition("/")
+        found[path] = f"{found[path]}, {inner}: {technique}" if inner and path in found else str(technique)
+    return found
 
 
 def _edits(edits: list[Edit]) -> list[dict[str, Any]]:
@@ -125,9 +129,11 @@ def _row(path: str, aliases: tuple[str, ...], role: str, technique: str | None, 
     }
 
 
-def _totals(rows: list[dict[str, Any]], file_bytes: int) -> dict[str, Any]:
+def _totals(rows: list[dict[str, Any]], file_bytes: int, provenance: dict[str, Any]) -> dict[str, Any]:
     own = [row for row in rows if row["role"] != "constant"]
-    original = sum(row["original_bytes"] for row in own)
+    decoded = sum(row["original_bytes"] for row in own)
+    told = provenance.get("original_bytes")  # layers may have been replaced: then the decoded ones are not the original's
+    original = told if isinstance(told, int) and told > 0 else decoded
     n_elements = sum(math.prod(row["shape"]) for row in own)
     return {
         "file_bytes": file_bytes,

@@ -1,13 +1,15 @@
 """What a file says about itself: tensors, edits, coders, program; to compact JSON and back, with every element checked.
 
     tensors     [[names, ...], [owner, ...], [which names, ...]] in the order of the data: owner "conv1" with the names
-                ["weight", "bias"]; "!" before a name is a buffer, "~" a constant of the program; ":f16" after it a type other than f32
+                ["weight", "bias"]; "!" before a name is a buffer, "~" a constant of the program; ":f16" after it is a
+                type other than f32
     shapes      one per tensor, [20, 1, 5, 5]; 0 for [n], where n is the first size of the tensor before
     aliases     [[tensor, path, ...], ...]    further paths of shared tensors
     transposed  [tensor, ...]                 coded weights of transposed convolutions
     techniques  [[name, {setting: value}?], ...]; a chain is [[technique, ...]] of numbers in this list
-    edits       [[technique, structure or 0, target, ...], ...]; a target is the number of a tensor, [number, path inside its decoder],
-                a path, or a list of paths; in paths, "fc.weight/codes" stands for "fc.parametrizations.weight.0.decoder.codes"
+    edits       [[technique, structure or 0, target, ...], ...]; a target is the number of a tensor, [number, path
+                inside its decoder], a path, or a list of paths; in paths, "fc.weight/codes" stands for
+                "fc.parametrizations.weight.0.decoder.codes"
     coders      the names of the entropy coders used
     groups      [[stored tensor, steps to the next, ...], ...] that are coded as one
     program     as `Program.to_json`, with the number of its states, which are the first tensors, in place of the states
@@ -223,8 +225,8 @@ class _TechniqueTable:
         else:
             if registry.get(technique.name) is not type(technique):
                 raise InputError(
-                    f"{type(technique).__name__} must be the technique that the registry knows as {technique.name}, it is another one; "
-                    "give it its own file, or an entry point of the group pared.techniques"
+                    f"{type(technique).__name__} must be the technique that the registry knows as {technique.name}, and is "
+                    "another one; give it a file of its own, or an entry point of the group pared.techniques"
                 )
             settings = technique.model_dump(mode="json", exclude_defaults=True)
             row = [technique.name, settings] if settings else [technique.name]
@@ -268,26 +270,28 @@ def _target(edit: Edit, numbers: dict[tuple[str, ...], int], first: dict[str, in
     paths = edit.paths
     if edit.technique.kind == "tensor" and paths in numbers:
         return numbers[paths]
-    short = _short(paths[0])
+    short = short_path(paths[0])
     coded, slash, rest = short.partition("/")
     number = first.get(coded) if slash and short[0] != "=" else None
     if number is not None and paths == _inside(entries[number], rest):
         return [number, rest]
-    return short if len(paths) == 1 else [_short(path) for path in paths]
+    return short if len(paths) == 1 else [short_path(path) for path in paths]
 
 
 def _inside(entry: Entry, rest: str) -> tuple[str, ...]:
-    return tuple(inside(path) + _long(rest) for path in entry.paths)
+    return tuple(inside(path) + long_path(rest) for path in entry.paths)
 
 
 _DECODER = re.compile(r"parametrizations\.([^.]+)\.0\.decoder\.")
 
 
-def _short(path: str) -> str:
+def short_path(path: str) -> str:
+    """The path with every step into a decoder written as a slash; "=" before a path that has slashes of its own."""
     return "=" + path if "/" in path or path.startswith("=") else _DECODER.sub(r"\1/", path)
 
 
-def _long(path: str) -> str:
+def long_path(path: str) -> str:
+    """The inverse of `short_path`."""
     if path.startswith("="):
         return path[1:]
     *owners, name = path.split("/")
@@ -305,14 +309,14 @@ def _edits(row: Any, techniques: list[Technique], entries: list[Entry]) -> list[
 
 def _paths(target: Any, entries: list[Entry]) -> tuple[str, ...]:
     if isinstance(target, str):
-        return (_long(target),)
+        return (long_path(target),)
     if type(target) is int:
         return entries[_int(target, "the target of an edit", len(entries))].paths
     if not _list(target, "the target of an edit"):
         raise ArtifactError("an edit must have a target, found an empty list")
     if type(target[0]) is int and len(target) == 2:
         return _inside(entries[_int(target[0], "the target of an edit", len(entries))], _text(target[1], "a path"))
-    return tuple(_long(_text(path, "a path")) for path in target)
+    return tuple(long_path(_text(path, "a path")) for path in target)
 
 
 def _bare(technique: Technique, structure: Structure) -> Any:
@@ -322,7 +326,7 @@ def _bare(technique: Technique, structure: Structure) -> Any:
     chained = cast(ChainStructure, structure)
     row: list[Any] = [_bare(technique.first, technique.first.structure_type.model_validate(chained.first))]
     for link, places in zip(technique.techniques[1:], chained.rest, strict=True):
-        rows = [[_short(path), _bare(link, link.structure_type.model_validate(fields))] for path, fields in places]
+        rows = [[short_path(path), _bare(link, link.structure_type.model_validate(fields))] for path, fields in places]
         row.append([pair if pair[1] else pair[:1] for pair in rows])
     return row
 
@@ -336,7 +340,7 @@ def _structure(technique: Technique, row: Any) -> Structure:
             for place in _list(places, "the structures of a link"):
                 path, *fields = _list(place, "a structure in a chain") or [None]
                 inner = _structure(link, fields[0] if fields else None)
-                pairs.append((_long(_text(path, "a path")), inner.model_dump()))
+                pairs.append((long_path(_text(path, "a path")), inner.model_dump()))
             links.append(tuple(pairs))
         return ChainStructure(first=_structure(technique.first, first).model_dump(), rest=tuple(links))
     if row is not None and not isinstance(row, dict):

@@ -35,14 +35,16 @@ def load(
 
     Args:
         path: a file that `pared.save` wrote.
-        model: an instance of the model's original class. The edits are replayed on it in place, its tensors become those of the file, and it is
-            returned in the mode in which it is. Without it, a module in eval mode that runs the program of the file.
+        model: an instance of the model's original class. The edits are replayed on it in place, its tensors become those
+            of the file, and it is returned in the mode in which it is. Without it, a module in eval mode that runs the
+            program of the file.
         cache: keep decoded tensors while in eval mode; False decodes at every call and holds the codes only.
         max_bytes: what the tensors may take, decoded; default 1 GiB and 1,000 times the size of the file.
 
     Raises:
-        ArtifactError: the file is cut off, damaged, altered, too large or of a newer version, or holds no program and there is no `model`.
-        InputError: the file cannot be read, or `model` has other tensors than the file; the first one that differs is named.
+        ArtifactError: the file is cut off, damaged, altered, too large or of a newer version; or it holds no program and
+            there is no `model`.
+        InputError: the file cannot be read, or `model` has other tensors than the file; the first that differs is named.
     """
     data = container.read(path)
     with border(path):

@@ -18,10 +18,13 @@ from pared.technique import Chain, ChainStructure, Edit, Structure, Technique, b
 def links(edits: Iterable[Edit]) -> Iterator[tuple[Technique, tuple[str, ...], Structure]]:
     """What the edits do to tensors: each decoder's technique, paths and structure, in order.
 
-    What an edit does to modules is in the program; the tensors that a chain codes inside the new modules are listed. Where a path
-    occurs twice, the module around it was replaced in between: the last one counts.
+    What an edit does to modules is in the program; the tensors that a chain codes inside the new modules are listed.
+    Where a path occurs twice, the module around it was replaced in between: the last one counts.
     """
-    last = {paths: found for found in _links(edits) for paths in [found[1]]}
+    last: dict[tuple[str, ...], tuple[Technique, tuple[str, ...], Structure]] = {}
+    for link in _links(edits):
+        last.pop(link[1], None)
+        last[link[1]] = link
     return iter(last.values())
 
 
@@ -33,7 +36,7 @@ def _links(edits: Iterable[Edit]) -> Iterator[tuple[Technique, tuple[str, ...], 
             rest = cast(ChainStructure, edit.structure).rest
             for technique, inner in zip(edit.technique.techniques[1:], rest, strict=True):
                 for path, fields in inner:
-                    paths = tuple(f"{module}.{path}" for module in edit.paths)
+                    paths = tuple(f"{module}.{path}" if module else path for module in edit.paths)
                     yield technique, paths, technique.structure_type.model_validate(fields)
 
 
@@ -46,8 +49,8 @@ def skeleton(
 ) -> nn.Module:
     """Holders with every entry at all its paths, from `tensors` by first path, and decoders built where edits say so.
 
-    Entries without a tensor get one of their type and shape that takes no memory. An edit of a tensor that is not there was undone by a
-    later edit of the module around it.
+    Entries without a tensor get one of their type and shape that takes no memory. An edit of a tensor that is not there
+    was undone by a later edit of the module around it.
     """
     entries = list(entries)
     transposed = {path.rpartition(".")[0] for entry in entries if entry.transposed for path in entry.paths}

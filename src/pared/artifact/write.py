@@ -218,7 +218,9 @@ def _still_valid(program: Program, twin: nn.Module) -> Program:
         with torch.no_grad():
             expected, found = twin(*args, **kwargs), program.module(program.root(own))(*args, **kwargs)
     except Exception as error:
-        raise TraceError(f"the program of the file that the model was loaded from could not be checked: {error}; pass example=") from error
+        raise TraceError(
+            f"the program of the file that the model was loaded from could not be checked: {error}; pass example="
+        ) from error
     pairs = list(zip(_tensors(expected), _tensors(found), strict=False))
     if not pairs or not all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs):
         raise TraceError("the model computes something else than the file that it was loaded from; pass example=")

@@ -46,7 +46,7 @@ def sensitivity(
             continue
         rows.append(
             {
-                "site": option.site.path,
+                "path": option.site.path,
                 "technique": str(option.technique),
                 "stored_bits": option.cost.stored_bits,
                 "predicted": option.damage,

@@ -1,0 +1,122 @@
+"""Write the results table of README.md from benchmarks/results/*.json.
+
+    python benchmarks/tables.py            # write
+    python benchmarks/tables.py --check    # exit 1 if the table is not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START = "<!-- results: written by benchmarks/tables.py from benchmarks/results/*.json -->\n"
+END = "<!-- end of results -->"
+
+
+def lenet(title: str) -> Callable[[Any], list[tuple[str, str]]]:
+    def rows(found: Any) -> list[tuple[str, str]]:
+        runs = found["runs"]
+        lows = ", ".join(f"{run['drop_pp']['value']:.2f} [{run['drop_pp']['low']:.2f}, {run['drop_pp']['high']:.2f}]" for run in runs)
+        return [
+            (
+                f"{title}, Fashion-MNIST, {found['seeds']} seed{'s' * (found['seeds'] > 1)}",
+                f"{found['ratio_median']:.1f}x smaller ({found['file_bytes_median'] / 1e3:.1f} kB, everything in it); test accuracy "
+                f"{100 * found['accuracy_before_median']:.2f} → {100 * found['accuracy_after_median']:.2f} %, median drop "
+                f"{found['drop_pp_median']:.2f} pp (each seed with its 95 % interval: {lows})",
+            )
+        ]
+
+    return rows
+
+
+def coders(found: Any) -> list[tuple[str, str]]:
+    row = found["dense"]["coders"]["rans"]
+    return [
+        (
+            "rANS, 10 M four-bit symbols, one core",
+            f"{100 * row["over_entropy"]:.4f} % over the entropy; encodes {row['encode_msymbols_per_s']:.0f}, decodes "
+            f"{row['decode_msymbols_per_s']:.0f} M symbols/s",
+        )
+    ]
+
+
+def damage(found: Any) -> list[tuple[str, str]]:
+    return [
+        (
+            f"Predicted against measured divergence, {net['net'].replace('_', '-')}, {net['n']} layer-options",
+            f"rank correlation {net['rank_correlation']:.3f}, median ratio {net['median_ratio']:.2f}",
+        )
+        for net in found["nets"]
+    ]
+
+
+def allocation(found: Any) -> list[tuple[str, str]]:
+    return [
+        (
+            f"Allocation, {found['layers']} layers × {found['options']} options, gap ≤ 1e-4",
+            f"{found['one_budget']['seconds_median']:.2f} s for one budget, {found['three_budgets']['seconds_median']:.1f} s for three",
+        )
+    ]
+
+
+def startup(found: Any) -> list[tuple[str, str]]:
+    load = found["load_to_first_output_seconds"]
+    files = found["files"]
+    return [
+        ("`import pared`, beyond `import torch`", f"{found['import_seconds']:.2f} s"),
+        ("EfficientNet-Lite0 file to its first output, without its class", f"{load['cached']:.2f} s; {load['cold']:.2f} s cold"),
+        (
+            "Program in the file, LeNet-5 / EfficientNet-Lite0",
+            f"{files['lenet_5']['program_bytes']} B / {files['efficientnet_lite0']['program_bytes']} B",
+        ),
+    ]
+
+
+def resnet18(found: Any) -> list[tuple[str, str]]:
+    return [
+        (
+            f"resnet18, default recipe, {found['images']} images, post-training, {found['threads']} threads",
+            f"{found['seconds'] / 60:.1f} min for {found['options']} options",
+        )
+    ]
+
+
+SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
+    "lenet_300_100": lenet("LeNet-300-100"),
+    "lenet_5": lenet("LeNet-5"),
+    "coders": coders,
+    "damage": damage,
+    "allocation": allocation,
+    "startup": startup,
+    "resnet18": resnet18,
+}
+
+
+def table() -> str:
+    lines = ["| what | measured |", "|---|---|"]
+    for name, rows in SOURCES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            lines += [f"| {what} | {value} |" for what, value in rows(json.loads(path.read_text()))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    written = before + START + table() + END + rest.split(END, 1)[1]
+    if "--check" in sys.argv:
+        if written != text:
+            sys.exit("README.md: the results table is not what benchmarks/results say; run: python benchmarks/tables.py")
+        return
+    readme.write_text(written, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
