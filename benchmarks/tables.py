@@ -21,13 +21,14 @@ END = "<!-- end of results -->"
 def lenet(title: str) -> Callable[[Any], list[tuple[str, str]]]:
     def rows(found: Any) -> list[tuple[str, str]]:
         runs = found["runs"]
-        lows = ", ".join(f"{run['drop_pp']['value']:.2f} [{run['drop_pp']['low']:.2f}, {run['drop_pp']['high']:.2f}]" for run in runs)
+        drops = [run["drop_pp"] for run in runs]
+        each = ", ".join(f"{drop['value']:.2f} [{drop['low']:.2f}, {drop['high']:.2f}]" for drop in drops)
+        accuracy = f"{100 * found['accuracy_before_median']:.2f} → {100 * found['accuracy_after_median']:.2f} %"
         return [
             (
                 f"{title}, Fashion-MNIST, {found['seeds']} seed{'s' * (found['seeds'] > 1)}",
-                f"{found['ratio_median']:.1f}x smaller ({found['file_bytes_median'] / 1e3:.1f} kB, everything in it); test accuracy "
-                f"{100 * found['accuracy_before_median']:.2f} → {100 * found['accuracy_after_median']:.2f} %, median drop "
-                f"{found['drop_pp_median']:.2f} pp (each seed with its 95 % interval: {lows})",
+                f"{found['ratio_median']:.1f}x smaller ({found['file_bytes_median'] / 1e3:.1f} kB, everything in it); test "
+                f"accuracy {accuracy}, median drop {found['drop_pp_median']:.2f} pp (each seed, 95 % interval: {each})",
             )
         ]
 
@@ -39,7 +40,7 @@ def coders(found: Any) -> list[tuple[str, str]]:
     return [
         (
             "rANS, 10 M four-bit symbols, one core",
-            f"{100 * row["over_entropy"]:.4f} % over the entropy; encodes {row['encode_msymbols_per_s']:.0f}, decodes "
+            f"{100 * row['over_entropy']:.4f} % over the entropy; encodes {row['encode_msymbols_per_s']:.0f}, decodes "
             f"{row['decode_msymbols_per_s']:.0f} M symbols/s",
         )
     ]
@@ -59,7 +60,8 @@ def allocation(found: Any) -> list[tuple[str, str]]:
     return [
         (
             f"Allocation, {found['layers']} layers × {found['options']} options, gap ≤ 1e-4",
-            f"{found['one_budget']['seconds_median']:.2f} s for one budget, {found['three_budgets']['seconds_median']:.1f} s for three",
+            f"{found['one_budget']['seconds_median']:.2f} s for one budget, "
+            f"{found['three_budgets']['seconds_median']:.1f} s for three",
         )
     ]
 
