@@ -140,6 +140,8 @@ def bench(
     from pared import report
     from pared.measurement import bench as measure_bench
 
+    if input_size and not all(part.strip().isdigit() for part in input_size.split(",")):
+        raise InputError(f'--input-size must be like "3,224,224", got "{input_size}"')
     shape = tuple(int(part) for part in input_size.split(",")) if input_size else None
     rows = measure_bench(
         targets, tuple(runtimes.split(",")), batch_size=batch_size, threads=threads, seconds=seconds, input_shape=shape
@@ -316,10 +318,16 @@ def main() -> None:
         raise SystemExit(130) from error
     except typer.Exit as stop:
         raise SystemExit(stop.exit_code) from stop
+    except OSError as error:
+        if debug:
+            raise
+        typer.echo(f"InputError: {error.filename or 'the disk'}: {error.strerror}; nothing is lost, run it again", err=True)
+        raise SystemExit(2) from error
     except Exception as error:
         if debug or not hasattr(error, "format_message"):
             raise
-        typer.echo(f"InputError: {error.format_message()}", err=True)
+        if message := error.format_message():
+            typer.echo(f"InputError: {message}", err=True)
         raise SystemExit(2) from error
 
 

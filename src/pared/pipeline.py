@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import pared
 from pared import artifact, registry
@@ -30,6 +31,8 @@ from pared.budget.options import fixed_bits, options
 from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
 from pared.errors import BudgetError, InputError
 from pared.measurement import Measurement, measure
+from pared.measurement.compute import compute
+from pared.measurement.latency import compare
 from pared.measurement.quality import Drop, Quality, drop, evaluate
 from pared.measurement.size import original_bytes
 from pared.place import (
@@ -46,10 +49,11 @@ from pared.recipe import Recipe, Step
 from pared.record import Record, attach_, record_of
 from pared.report import report as write_report
 from pared.runfolder import RunFolder, write_whole
-from pared.site import duplicate, plain
+from pared.runtimes import session
+from pared.site import Decoded, duplicate, plain
 from pared.statistics import Statistics
-from pared.task import Task, batch_size
-from pared.technique import Edit, Option, value_at
+from pared.task import Task, batch_size, in_order
+from pared.technique import Edit, Option, as_numpy, value_at
 from pared.train import train as train_loop
 
 MAX_TRIALS = 6
@@ -212,6 +216,7 @@ class _Run:
             "latency": latency if latency is not None else budget.get("latency"),
             "max_drop": max_drop if max_drop is not None else budget.get("max_drop"),
         }
+        self.asked = {key: getattr(value, "item", lambda value=value: value)() for key, value in self.asked.items()}
         if all(value is None for value in self.asked.values()):
             self.asked["max_drop"] = 0.5
         self.task, self.train, self.seed, self.command = task, train, seed, command
@@ -222,8 +227,9 @@ class _Run:
         task.check(model)
         self.original = duplicate(model).eval().requires_grad_(False)
         self.base, self.bakes = prepared(model)
-        self.base.requires_grad_(True)
+        _trainable_(self.base)
         self.original_bytes = original_bytes(self.original)
+        self.example = task.example(self.original)
         self.target = self._target()
         self.folder = RunFolder(out, self._identity())
         self.steps = [step for step in self.recipe.steps if step.replaces]
@@ -236,11 +242,11 @@ class _Run:
         speedup, runtime = parse_latency(self.asked["latency"]) if self.asked["latency"] else (None, "torch")
         total_macs = 0.0
         if self.asked["macs"] is not None or speedup is not None:
-            from pared.measurement.compute import compute
-
-            args, kwargs = self.task.example()
-            per_example = batch_size(next(iter(self.task.val)))
-            total_macs = compute(self.original, args, kwargs).macs / per_example
+            batch = next(in_order(self.task.val))
+            args, kwargs = self.example
+            total_macs = compute(self.original, args, kwargs).macs / batch_size(batch)
+            if speedup is not None:
+                session(self.original, runtime, (args, kwargs))  # a runtime that is missing is said at once
         self.total_macs = total_macs
         return Target(
             parse_size(self.asked["size"], self.original_bytes) if self.asked["size"] is not None else None,
@@ -252,9 +258,9 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for path, tensor in sorted(self.original.state_dict().items()):
+        for path, tensor in [*self.original.named_parameters(), *self.original.named_buffers()]:
             digest.update(path.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(as_numpy(tensor).tobytes())
         return {
             "pared": pared.__version__,
             "recipe": self.recipe.to_dict()["steps"],
@@ -263,8 +269,20 @@ class _Run:
             "train": self.train,
             "seed": self.seed,
             "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "metric": self.task.metric_name,
+            "data": self._data_digest(),
             "model": digest.hexdigest(),
         }
+
+    def _data_digest(self) -> str:
+        """Of the first batch of every loader, in evaluation order."""
+        digest = hashlib.sha256()
+        for loader in (self.task.train, self.task.val, self.task.test):
+            batch = next(in_order(loader), None) if loader is not None else None
+            for leaf in tree_leaves(batch):
+                digest.update(as_numpy(leaf).tobytes() if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
+        return digest.hexdigest()
 
     # -- the order of the diagram --------------------------------------------------------------------------------------
 
@@ -354,7 +372,7 @@ class _Run:
             if file_bytes is not None:
                 limits["size_bits"] = 8 * file_bytes / self.correction - way.fixed_bits
             if macs is not None:
-                dense = sum(option.cost.macs for option in way.options if option.technique is None)
+                dense = sum(option.cost.macs for option in self.first_options if option.technique is None)
                 limits["macs"] = macs - max(0.0, self.total_macs - dense)
             try:
                 found.append((way, allocate(way.options, **limits)))
@@ -365,7 +383,8 @@ class _Run:
         return min(found, key=lambda pair: pair[0].damage + pair[1].damage)
 
     def _smallest_plan(self) -> tuple[Way, Plan]:
-        measure_name = "macs" if self.target.macs is not None and self.target.file_bytes is None else "stored_bits"
+        lighter = self.target.file_bytes is None and (self.target.macs is not None or self.target.speedup is not None)
+        measure_name = "macs" if lighter else "stored_bits"
         plans = [(way, smallest(way.options, measure_name)) for way in self.ways]
         return min(plans, key=lambda pair: pair[0].fixed_bits + getattr(pair[1].cost, measure_name))
 
@@ -382,8 +401,7 @@ class _Run:
         if target.file_bytes is not None or target.macs is not None:
             best = self._at_size(target.file_bytes, target.macs, trained=False)
             if self._trains and best.drop.value > target.max_drop / 2:  # near the limit, luck on validation data decides
-                trained = self._at_size(target.file_bytes, target.macs, trained=True)
-                best = min((best, trained), key=lambda trial: trial.drop.value)
+                best = self._at_size(target.file_bytes, target.macs, trained=True)
             if self._accepts(best):
                 return best, True, ""
             if target.file_bytes is None:
@@ -392,40 +410,55 @@ class _Run:
             return (fallback, False, self._miss(fallback, best)) if fallback else (best, False, self._miss(best))
         best_within = self._within_drop(None)
         if best_within is None:
+            if not self.trials:
+                raise BudgetError("no plan makes the file smaller than the original; add techniques to the recipe")
             worst = min(self.trials, key=lambda trial: trial.drop.value)
             return worst, False, self._miss(worst)
         return best_within, True, ""
 
     @property
     def _trains(self) -> bool:
-        return self.train and any(step.training and step.training.epochs for step in self.recipe.steps)
+        return self.train and any(step.training and step.training.epochs for step in self.steps)
 
     def _accepts(self, trial: Trial) -> bool:
         return self.target.max_drop is None or trial.drop.value <= self.target.max_drop + 1e-9
 
     def _at_size(self, file_bytes: float | None, macs: float | None, trained: bool) -> Trial:
         """A trial whose file is within the size: the estimate is corrected by what files of earlier trials weighed."""
-        trial = None
-        aim = file_bytes
+        fitting: list[Trial] = []
+        aim, before = file_bytes, None
         for _ in range(4):
-            trial = self._carry_out(self._plan(aim, macs), aim or 0.0, trained=False)
+            chosen = self._plan(aim, macs)
+            if before is not None and chosen[0] is before[0] and chosen[1].options == before[1].options:
+                break
+            before = chosen
+            trial = self._carry_out(chosen, aim or 0.0, trained=False)
+            if file_bytes is None or trial.file_bytes <= file_bytes:
+                fitting.append(trial)
             if file_bytes is None or self._fits(trial, file_bytes):
                 break
             aim = file_bytes * (1 - SIZE_TOLERANCE / 2)
-        if trained:
-            for shrink in (0.9, 0.84):  # training spreads the codes: files grow by up to a tenth
-                aim = file_bytes * shrink if file_bytes is not None else None
+        for shrink in (0.9, 0.84) if trained else ():  # training spreads the codes: files grow by up to a tenth
+            aim = file_bytes * shrink if file_bytes is not None else None
+            try:
                 trial = self._carry_out(self._plan(aim, macs), aim or 0.0, trained=True)
-                if file_bytes is None or trial.file_bytes <= file_bytes:
-                    break
-        if trial is None:
-            raise BudgetError("no plan was found")
-        if file_bytes is not None and trial.file_bytes > file_bytes:
-            raise BudgetError(
-                f"the plan nearest to the budget needs {trial.file_bytes / 1e6:.3g} MB but the budget is "
-                f"{file_bytes / 1e6:.3g} MB; raise the budget, or add smaller options to the recipe"
-            )
-        return trial
+            except BudgetError:
+                break
+            if file_bytes is None or trial.file_bytes <= file_bytes:
+                fitting.append(trial)
+                break
+        if fitting:
+            return min(fitting, key=lambda trial: trial.drop.value)
+        nearest = min(self.trials, key=lambda trial: trial.file_bytes)
+        worst = ", ".join(option.site.path for option in self._largest(nearest))
+        raise BudgetError(
+            f"the plan nearest to the budget needs {nearest.file_bytes / 1e6:.3g} MB but the budget is "
+            f"{(file_bytes or 0) / 1e6:.3g} MB; raise the budget, or add a smaller option to: {worst}"
+        )
+
+    @staticmethod
+    def _largest(trial: Trial, n: int = 3) -> list[Option]:
+        return sorted(trial.plan.options, key=lambda option: -option.cost.stored_bits)[:n]
 
     def _fits(self, trial: Trial, file_bytes: float) -> bool:
         return trial.file_bytes <= file_bytes and (
@@ -434,10 +467,8 @@ class _Run:
 
     def _within_drop(self, at_least: float | None) -> Trial | None:
         """The smallest trial within the accepted drop; first without training, then with it where that is allowed."""
-        low = 8 * self._smallest_bytes() / 8
-        high = float(self.original_bytes)
-        if at_least is not None:
-            low = max(low, at_least)
+        low = max(self._smallest_bytes(), at_least or 0.0)
+        high = max(float(self.original_bytes), 1.1 * low)
         best, low, high = self._bisect(low, high, trained=False, n=MAX_CHEAP_TRIALS, best=None)
         if self._trains:
             # training reaches further down than the plan without it: go on from there
@@ -474,22 +505,13 @@ class _Run:
         return 1.02 * self.correction * min(sizes) / 8
 
     def _search_latency(self) -> tuple[Trial, bool, str]:
-        from pared.measurement.latency import compare
-        from pared.runtimes import session
-
         wanted = self.target.speedup or 1.0
         macs = self.target.macs or self.total_macs / wanted
-        args, kwargs = self.task.example()
+        args, kwargs = self.example
         trial, speedup = None, 0.0
         for _ in range(4):
             trial = self._at_size(self.target.file_bytes, macs, trained=False)
-            times = compare(
-                {
-                    "original": session(self.original, self.target.runtime, (args, kwargs)),
-                    "compressed": session(trial.model, self.target.runtime, (args, kwargs)),
-                }
-            )
-            speedup = times["original"].median / times["compressed"].median
+            speedup = self.folder.memo(f"speedup-{trial.number}", partial(self._speedup, trial.model))
             self._say(f"{speedup:.2f}x faster in {self.target.runtime} at {macs / self.total_macs:.0%} of the MACs")
             if speedup >= wanted:
                 break
@@ -504,6 +526,11 @@ class _Run:
             f"drop {trial.drop.value:.2f}; the best found is kept"
         )
         return trial, met, reason
+
+    def _speedup(self, model: nn.Module) -> float:
+        pair = {"original": self.original, "compressed": model}
+        times = compare({name: session(each, self.target.runtime, self.example) for name, each in pair.items()})
+        return times["original"].median / times["compressed"].median
 
     def _carry_out(self, chosen: tuple[Way, Plan], target_bytes: float, trained: bool) -> Trial:
         way, plan = chosen
@@ -540,9 +567,9 @@ class _Run:
             drop(self.reference, quality, seed=self.seed), history, time.perf_counter() - start,
         )
         self.trials.append(trial)
-        for old in self.trials[:-1]:  # keep one model per kind of trial in memory
-            if old.file_bytes >= trial.file_bytes and old.drop.value >= trial.drop.value:
-                old.model = nn.Module()
+        for module in model.modules():  # trials stay in memory in their small form
+            if isinstance(module, Decoded):
+                module.forget_()
         if self.folder:
             self.folder.memo(f"trial-{number}", lambda: {"history": history})
         self._say(
@@ -553,7 +580,7 @@ class _Run:
 
     def _record(self, edits: list[Edit], levels: Sequence[Sequence[Option]]) -> Record:
         facts = {"original_bytes": self.original_bytes}
-        return Record(edits=edits, example=self.task.example(), recipe=self._recipe_of(levels), provenance=facts)
+        return Record(edits=edits, example=self.example, recipe=self._recipe_of(levels), provenance=facts)
 
     def _trained(
         self, model: nn.Module, level: Sequence[Option], statistics: Statistics, step: Step, number: int
@@ -585,7 +612,7 @@ class _Run:
             )
             return [{"step": number, "part": part, **row} for row in history.to_json()["epochs"]]
 
-        model.requires_grad_(True)
+        _trainable_(model)
         relax_(model, level, statistics)
         rows = run(0, training.epochs, training.learning_rate, training.anneal_until)
         edits = settle_(model, level, statistics)
@@ -641,16 +668,18 @@ class _Run:
         if self.task.test is None:
             self.warnings.append("there is no test data: final figures are on validation data, on which choices were made")
         runtimes = tuple(dict.fromkeys(("torch", self.target.runtime)))
-        after = measure(best.model, self.task, against=self.original, runtimes=runtimes, seconds=3.0)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = self.folder.file("model.pared") if self.folder else Path(scratch) / "model.pared"
+            artifact.save(best.model, file, store=self.store)
+            after = measure(best.model, self.task, self.original, runtimes, file=file, seconds=3.0)
         before = after.against
         if before is None:
             raise ValueError("measuring against the original must measure the original")
+        met = met and (self.target.macs is None or after.macs <= 1.001 * self.target.macs)
         data = self._data(best, met, before, after)
         result = Result(best.model, best.edits, before, after, self.refusals, met, data, self.store)
         if self.folder:
             folder = self.folder
-            artifact.save(best.model, folder.file("model.pared"), store=self.store)
-            data["after"]["file_bytes"] = folder.file("model.pared").stat().st_size
             folder.write("recipe.yaml", self._recipe_of([*best.way.levels, best.plan.options]))
             folder.write("result.json", json.dumps(data, indent=1))
             write_whole(folder.file("report.html"), lambda path: result.report(path))
@@ -716,8 +745,8 @@ class _Run:
         rows = []
         for edit in best.edits:
             option = chosen.get(edit.paths[0])
-            model = self.base if option is None or option not in best.plan.options else best.way.model
-            shape = list(value_at(model, option.site.covers[0]).shape) if option is not None and option.site.covers else []
+            value = value_at(option.site.root, option.site.covers[0]) if option is not None and option.site.covers else None
+            shape = list(value.shape) if value is not None else []
             numel = math.prod(shape) if shape else 0
             coded = sizes(edit.paths[0], edit.technique.kind)
             rows.append(
@@ -727,7 +756,7 @@ class _Run:
                     "settings": edit.technique.model_dump(mode="json"),
                     "shape": shape,
                     "bits_per_weight": 8 * coded / numel if numel else None,
-                    "bytes_before": 4 * numel,
+                    "bytes_before": numel * value.element_size() if value is not None else 0,
                     "bytes_after": coded,
                     "damage_predicted": option.damage if option is not None else None,
                 }
@@ -795,6 +824,11 @@ class _Run:
     def _say(self, text: str) -> None:
         self.folder.log(text)
         self.progress({"say": text})
+
+
+def _trainable_(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
 
 
 def _levels(found: list[Option], n: int = 3) -> list[tuple[Option, ...]]:

@@ -76,7 +76,7 @@ def apply(
             reason = f": {refusals[0].path}: {refusals[0].reason}" if refusals else "; the model has no site for it"
             raise InputError(f"{item} must change something, but it changes nothing{reason}")
         edits += placed
-    example = task.example() if task is not None else (earlier.example if earlier else None)
+    example = task.example(twin) if task is not None else (earlier.example if earlier else None)
     attach_(twin, Record(edits=edits, example=example))
     return twin.eval()
 
@@ -164,9 +164,12 @@ def in_order(options: Iterable[Option]) -> list[Option]:
 
 def check_finite(model: nn.Module) -> None:
     """Raise an InputError that names the first tensor with NaN or infinity."""
-    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for path, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"weights must be finite, found NaN or infinity in {path}; repair or retrain the model")
+    for path, held in model.named_buffers():  # infinity is what attention masks are made of
+        if held.is_floating_point() and bool(torch.isnan(held).any()):
+            raise InputError(f"buffers must hold numbers, found NaN in {path}; repair or retrain the model")
 
 
 def bytes_of(site: Site) -> int:

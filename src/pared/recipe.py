@@ -138,8 +138,9 @@ def _step(step: Any, where: str) -> Step:
     if len(names) > 1:
         raise RecipeError(f"a step must name one technique, any_of or chain, got {', '.join(map(str, names))} ({where})")
     candidates = _candidates({names[0]: step[names[0]]}, where) if names else []
-    if not candidates and "train" not in step:
-        raise RecipeError(f"a step must name a technique or train, got nothing ({where})")
+    if not candidates:
+        found = "only train" if "train" in step else "nothing"
+        raise RecipeError(f"a step must name a technique, got {found} ({where}); train belongs to the step that it recovers")
     kinds = {technique.kind is None for technique in candidates}
     if len(kinds) > 1:
         raise RecipeError(f"the candidates of a step must all replace something, or none of them ({where}); split the step")
@@ -173,6 +174,9 @@ def _candidates(entry: Any, where: str) -> list[Technique]:
     settings = value or {}
     if not isinstance(settings, dict):
         raise RecipeError(f"the settings of {name} must be a mapping, got {settings!r} ({where})")
+    for key, value in settings.items():
+        if value == []:
+            raise RecipeError(f"{name}.{key} must be a value or a list of choices, got an empty list ({where})")
     choices = [value if isinstance(value, list) else [value] for value in settings.values()]
     return [parse(cls, dict(zip(settings, choice, strict=True)), where) for choice in itertools.product(*choices)]
 

@@ -42,7 +42,7 @@ class RunFolder:
             self.resumed = True
             self.log("continued")
         else:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or any(not _is_trace(entry) for entry in self.path.iterdir())):
                 raise InputError(f"{self.path} must be an empty folder or a run of this command; it is neither")
             try:
                 (self.path / "state").mkdir(parents=True, exist_ok=True)
@@ -98,6 +98,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_trace(entry: Path) -> bool:
+    """Whether a run that was killed in its first moments may have left this."""
+    return entry.name == "state" or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
 
 
 def _plain(value: Any) -> Any:

@@ -155,6 +155,8 @@ def tensor_sites(model: nn.Module, *, buffers: bool = True) -> Iterator[Site]:
         for name, tensor in entries:
             if tensor is None or not tensor.is_floating_point() or tensor.numel() == 0:
                 continue
+            if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):  # an attention mask of infinities
+                continue
             if hasattr(nn.ModuleDict, name):  # torch's parametrizations cannot hold a tensor called "keys" or "values"
                 continue
             seen[id(tensor)] = tensor
@@ -204,6 +206,10 @@ class Decoded(nn.Module):
         """In the type of the tensor that it stands for, which follows `.half()` and `.double()`."""
         value = self.decoder()
         return value if original is None else value.to(original.dtype)
+
+    def forget_(self) -> None:
+        """Drop the held value; the next call decodes again."""
+        self._value = None
 
     def train(self, mode: bool = True) -> Decoded:
         self._value = None

@@ -54,9 +54,18 @@ class Kronecker:
 
     def diagonal(self) -> Tensor:
         """The Hessian's diagonal in matrix form: (groups, m, n)."""
+        g, a = self._diagonals()
+        return g[:, :, None] * a[:, None, :]
+
+    def trace(self) -> float:
+        """The sum of the Hessian's diagonal."""
+        g, a = self._diagonals()
+        return float((g.sum(1, dtype=torch.float64) * a.sum(1, dtype=torch.float64)).sum())
+
+    def _diagonals(self) -> tuple[Tensor, Tensor]:
         g = self.gradients if self.gradients.ndim == 2 else self.gradients.diagonal(dim1=1, dim2=2)
         a = self.inputs if self.inputs.ndim == 2 else self.inputs.diagonal(dim1=1, dim2=2)
-        return g[:, :, None] * a[:, None, :]
+        return g, a
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +120,7 @@ class Curvature:
     def matrix(self) -> Kronecker | None:
         """The one matrix use that matters most, for techniques that need a Gram matrix; None if there is none."""
         uses = [term for term in self.terms if isinstance(term, Kronecker)]
-        return max(uses, key=lambda term: float(term.diagonal().sum()), default=None)
+        return max(uses, key=Kronecker.trace, default=None)
 
 
 class Statistics:

@@ -103,7 +103,7 @@ class Task:
             n_examples or CALIBRATION_EXAMPLES,
         )
         seen = 0
-        for batch in _in_order(source):
+        for batch in in_order(source):
             size = batch_size(batch)
             if limit is not None and seen + size > limit:
                 batch = take(batch, limit - seen)
@@ -170,12 +170,27 @@ class Task:
             checked.append(part)
         return cast(Tensor, checked[0]), checked[1]
 
-    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of one call of the model: the first validation batch."""
-        batch = next(iter(self.val), None)
+    def example(self, model: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of one call of the model, on its device: those of the first validation batch."""
+        batch = next(in_order(self.val), None)
         if batch is None:
             raise InputError("Task.val must hold at least one batch, got none; check the data it is made from")
-        return call_of(batch)
+        return self.call(model, to_device_of(model, batch)) if model is not None else call_of(batch)
+
+    def call(self, model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which the task calls the model for a batch."""
+        if self.forward is None:
+            return call_of(batch)
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        hook = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.outputs(model, batch)
+        finally:
+            hook.remove()
+        if len(calls) != 1:
+            raise InputError(f"Task.forward must call the model once per batch, it calls it {len(calls)} times; change it")
+        return calls[0]
 
     def check(self, model: nn.Module) -> None:
         """Raise an InputError unless the model runs on the first batch of every loader, and loss and metric accept it."""
@@ -185,7 +200,7 @@ class Task:
         try:
             for name, loader in loaders.items():
                 if loader is not None:
-                    batches = _in_order(loader)
+                    batches = in_order(loader)
                     batch = next(batches, None)
                     batches.close()
                     self._check_batch(model, batch, name)
@@ -205,8 +220,8 @@ class Task:
                 f"{name}; check the loader"
             )
         inputs = [leaf for leaf in pytree.tree_leaves(call_of(batch)) if isinstance(leaf, Tensor)]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in inputs if tensor.is_floating_point()):
-            raise InputError(f"inputs must be finite, found NaN or infinity in the first batch of {name}; clean the data")
+        if any(bool(torch.isnan(tensor).any()) for tensor in inputs if tensor.is_floating_point()):
+            raise InputError(f"inputs must be finite, found NaN in the first batch of {name}; clean the data")
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
         with _told(
             f"the model must run on a batch of {name} (inputs of shape {shapes})",
@@ -325,7 +340,7 @@ def _near(outputs: Any, batch: Batch) -> Batch:
     return pytree.tree_map(lambda t: t.to(leaf.device) if isinstance(t, Tensor) else t, batch)
 
 
-def _in_order(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
+def in_order(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
     """The loader's batches without moving its random generator (statistics must not change what training sees)."""
     generator = getattr(loader, "generator", None)
     state = generator.get_state() if isinstance(generator, torch.Generator) else None

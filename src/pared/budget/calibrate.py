@@ -70,24 +70,10 @@ def gather(
     if not batches:
         raise InputError("calibration data must hold at least one example, got none; check Task.calibration")
     if program is None:
-        args, kwargs = _call(model, task, _slice(batches[0], 0, _PART))
+        args, kwargs = task.call(model, _slice(batches[0], 0, 2))
         program = trace(model, args, kwargs)
     calibration = _Calibration(model, task, program, batches, seed, thrifty=n_examples is None)
     return calibration.run(progress or (lambda event: None))
-
-
-def _call(model: nn.Module, task: Task, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which the task calls the model."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            task.outputs(model, batch)
-    finally:
-        hook.remove()
-    if len(calls) != 1:
-        raise InputError(f"Task.forward must call the model once per batch, it calls it {len(calls)} times; change it")
-    return calls[0]
 
 
 class _Interpreted(nn.Module):
@@ -123,6 +109,9 @@ class _Calibration:
         self.root = program.root(state)
         self.names = {path: site.path for site in tensor_sites(model) for path in site.paths}
         self.leaves = {path: state[path] for path in dict.fromkeys(self.names.values())}
+        for path, leaf in self.leaves.items():
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(lambda leaf, path=path: self._see_whole(path, leaf))
         self.device = next((leaf.device for leaf in leaves.values()), torch.device("cpu"))
         self.matrices: dict[tuple[str, Layout], _Matrix] = {}
         self.squares: dict[str, Tensor] = {}
@@ -130,6 +119,7 @@ class _Calibration:
         self.norms: dict[str, _Norm] = {}
         self.positions: dict[str, float] = {}
         self.mixed: set[str] = set()
+        self.products: set[str] = set()
         self.energy: dict[str, float] = {}
         self.n_floats = self.n_now = 0
         self.scouting = False
@@ -227,6 +217,7 @@ class _Calibration:
         if product.counts_macs:
             share = math.prod(layout.size) / self.leaves[path].numel()
             self.positions[path] = self.positions.get(path, 0.0) + product.n_positions * share
+        self.products.add(path)
         if self.scouting:
             self.n_floats += output.numel()
             return output
@@ -309,15 +300,17 @@ class _Calibration:
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.random).to(like.device, like.dtype)
 
+    def _see_whole(self, path: str, leaf: Tensor) -> None:
+        """The gradient of a tensor that is used as a matrix alone: its size is noted, and it is given back at once."""
+        if path in self.products and path not in self.mixed and leaf.grad is not None:
+            self.energy[path] = self.energy.get(path, 0.0) + float(torch.linalg.vector_norm(leaf.grad.float())) ** 2
+            leaf.grad = None
+
     def _collect(self) -> None:
         """Square what came back. Sampled gradients of different examples are independent and have mean zero, so the
         square of a batch's sum is, in the mean, the sum of the squares."""
-        products = {path for path, _ in self.matrices}
         for path, leaf in self.leaves.items():
-            if leaf.grad is not None and path in products and path not in self.mixed:
-                self.energy[path] = self.energy.get(path, 0.0) + float(torch.linalg.vector_norm(leaf.grad.float())) ** 2
-                leaf.grad = None
-            elif leaf.grad is not None:
+            if leaf.grad is not None:
                 self.slopes[path] = self.slopes.get(path, 0) + leaf.grad.float()
                 leaf.grad = None
         for norm in self.norms.values():
@@ -336,8 +329,9 @@ class _Calibration:
     def _statistics(self) -> Statistics:
         curvatures: dict[str, Curvature] = {}
         terms: dict[str, list[Kronecker | Diagonal]] = {path: [] for path in self.leaves}
-        for (path, _), matrix in self.matrices.items():
-            terms[path].append(matrix.term(self.n_seen))
+        while self.matrices:  # one by one: they are the better part of the memory
+            path, _ = key = next(iter(self.matrices))
+            terms[path].append(self.matrices.pop(key).term(self.n_seen))
         for path, energy in self.energy.items():
             if self.positions.get(path, 0.0) > self.n_seen:
                 terms[path] = _rescaled(terms[path], energy / self.n_seen)
@@ -387,7 +381,7 @@ class _Matrix:
         groups, m, n = self.layout.size
         inputs = self.inputs if self.inputs is not None else torch.zeros(groups, n)
         gradients = self.gradients if self.gradients is not None else torch.zeros(groups, m)
-        return Kronecker((inputs / n_examples).cpu(), (gradients / max(self.n_gradients, 1)).cpu(), self.layout)
+        return Kronecker(inputs.div_(n_examples).cpu(), gradients.div_(max(self.n_gradients, 1)).cpu(), self.layout)
 
 
 def _add_outer(total: Tensor | None, rows: Tensor, groups: int, side: int, share: float) -> Tensor:
@@ -410,11 +404,11 @@ def _rescaled(terms: list[Kronecker | Diagonal], energy: float) -> list[Kronecke
     times over (the hidden-to-hidden weights of a recurrent layer are out by a factor of five without it).
     """
     products = [term for term in terms if isinstance(term, Kronecker)]
-    trace = sum(float(term.diagonal().sum(dtype=torch.float64)) for term in products)
+    trace = sum(term.trace() for term in products)
     if not (trace > 0 and energy > 0 and math.isfinite(energy)):
         return terms
     factor = energy / trace
-    return [replace(t, gradients=t.gradients * factor) if isinstance(t, Kronecker) else t for t in terms]
+    return [replace(t, gradients=t.gradients.mul_(factor)) if isinstance(t, Kronecker) else t for t in terms]
 
 
 def _is_finite(term: Kronecker | Diagonal) -> bool:

@@ -64,7 +64,7 @@ def parse_latency(text: str) -> tuple[float, str]:
 def parse_drop(value: float | str) -> float:
     try:
         drop = float(value)
-    except ValueError:
+    except (ValueError, TypeError):
         drop = float("nan")
     if not 0 <= drop <= 100:
         raise InputError(f"max_drop must be a number of points between 0 and 100, got {value!r}")

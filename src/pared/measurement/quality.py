@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pared.errors import InputError
 from pared.measurement.mode import evaluating
-from pared.task import Batch, Task, _in_order, batch_size, call_of, class_logits
+from pared.task import Batch, Task, batch_size, call_of, class_logits, in_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +128,7 @@ def evaluate(model: nn.Module, task: Task, loader: Iterable[Batch], reference: n
     original = model if reference is None else reference
     needs_reference = not callable(task.metric) and not task.labelled
     with evaluating(model), evaluating(original), torch.no_grad():
-        for batch in _in_order(loader):
+        for batch in in_order(loader):
             outputs = task.outputs(model, batch)
             shown = task.outputs(original, batch) if needs_reference and original is not model else outputs
             score, denominator = task.scores(outputs, batch, shown)
@@ -199,7 +199,7 @@ def agreement(model: nn.Module, original: nn.Module, task: Task, loader: Iterabl
     scores: list[Tensor] = []
     fingerprint = 0
     with evaluating(model), evaluating(original), torch.no_grad():
-        for batch in _in_order(loader):
+        for batch in in_order(loader):
             found, wanted = task.outputs(model, batch), task.outputs(original, batch)
             scores.append(_same_class(found, wanted, batch) if task.classifies else _closeness(found, wanted, batch))
             fingerprint = _fingerprint(batch, fingerprint)

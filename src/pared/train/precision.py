@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from pared.site import Decoded
+
 NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -19,7 +21,9 @@ class Precision:
     """
 
     def __init__(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
-        floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        inside = {id(p) for module in model.modules() if isinstance(module, Decoded) for p in module.parameters()}
+        own = [parameter for parameter in model.parameters() if id(parameter) not in inside and parameter.numel()]
+        floats = {parameter.dtype for parameter in own if parameter.is_floating_point()}
         self._throughout = floats.pop() if len(floats) == 1 and floats <= set(NARROW) else None
         self._model = model
         tensors = [*trained, *(model.buffers() if self._throughout is not None else ())]
