@@ -41,8 +41,8 @@ def original(net: str, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def flipped(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Half of the images mirrored, as when the originals were trained."""
+def mirrored(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Half of the images mirrored. Mixing them in pairs, as the originals were trained, lost half a point more here."""
     chosen = torch.rand(len(inputs), generator=generator) < 0.5
     return torch.where(chosen[:, None, None, None], inputs.flip(3), inputs)
 
@@ -50,7 +50,7 @@ def flipped(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def one(net: str, seed: int, size: str, epochs: int) -> dict[str, object]:
     model = original(net, seed)
     task = sources.data("fashion-mnist", model, seed=seed).task
-    task.train.augment = flipped
+    task.train.augment = mirrored
     document = recipes.load("deep-compression").to_dict()
     document["steps"][0]["train"].update(epochs=epochs, tune_epochs=max(2, epochs // 5))
     start = time.perf_counter()

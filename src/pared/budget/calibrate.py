@@ -151,11 +151,14 @@ class _Calibration:
         if fixed is not None and fixed > size:
             return
         self.scouting = True
+        floating = [leaf.requires_grad_(False) for leaf in self.leaves.values() if leaf.requires_grad]
         first = to_device_of(self.root, self.batches[0])
         first = first if self.part_size in (None, size) else _slice(first, 0, self.part_size or size)
         outputs = self.task.outputs(twin, first)
         logits = 4 * class_logits(outputs, first)[0].numel() if self.task.classifies else 0
         self.scouting = False
+        for leaf in floating:
+            leaf.requires_grad_()
         if self.thrifty:
             macs = sum(n * self.leaves[path].numel() for path, n in self.positions.items()) / batch_size(first)
             self.total = min(self.total, max(32, int(_MACS / max(macs, 1.0))))
@@ -212,7 +215,7 @@ class _Calibration:
             return run()
         mixed = path in self.mixed
         output = run(*_values(inputs, detach=lambda operand: mixed and operand is product.operand))
-        if not output.requires_grad:
+        if not (output.requires_grad or self.scouting):
             output = output.detach().requires_grad_()
         if product.counts_macs:
             share = math.prod(layout.size) / self.leaves[path].numel()
@@ -281,21 +284,22 @@ class _Calibration:
         logits, targets = class_logits(outputs, batch)
         if not logits.requires_grad:
             return
-        with torch.no_grad():
-            rows = logits.float().movedim(1, -1).reshape(-1, logits.shape[1])
-            p = rows.softmax(1)
-            root = p.sqrt()
-            signs = torch.randint(0, 2, p.shape, generator=self.random, dtype=torch.int8).to(p.device)
-            root.mul_(signs.mul_(2).sub_(1))
-            slope = root - p * root.sum(1, keepdim=True)
-            slope /= math.sqrt(len(rows) / len(logits))
-            if logits.ndim > 2 and targets is not None and bool((targets == IGNORED).any()):
-                counted = (targets != IGNORED).flatten(1)
-                n_counted = counted.sum(1, keepdim=True).clamp_min(1)
-                weight = counted * (counted.shape[1] / n_counted).sqrt()
-                slope *= weight.reshape(-1, 1).to(slope.dtype)
-            slope = slope.reshape(len(logits), *logits.shape[2:], -1).movedim(-1, 1).to(logits.dtype)
-        torch.autograd.backward([logits], [slope])
+        torch.autograd.backward([logits], [self._slopes(logits.detach(), targets)])
+
+    def _slopes(self, logits: Tensor, targets: Tensor | None) -> Tensor:
+        """Random vectors with the second moment diag(p) - p p^T, over the square root of the number of positions."""
+        rows = logits.float().movedim(1, -1).reshape(-1, logits.shape[1])
+        p = rows.softmax(1)
+        signs = torch.randint(0, 2, p.shape, generator=self.random, dtype=torch.int8)
+        slopes = p.sqrt().mul_(signs.mul_(2).sub_(1).to(p.device))
+        slopes.addcmul_(p, slopes.sum(1, keepdim=True), value=-1)
+        slopes /= math.sqrt(len(rows) / len(logits))
+        if logits.ndim > 2 and targets is not None and bool((targets == IGNORED).any()):
+            counted = (targets != IGNORED).flatten(1)
+            n_counted = counted.sum(1, keepdim=True).clamp_min(1)
+            weight = counted * (counted.shape[1] / n_counted).sqrt()
+            slopes *= weight.reshape(-1, 1).to(slopes.dtype)
+        return slopes.reshape(len(logits), *logits.shape[2:], -1).movedim(-1, 1).to(logits.dtype)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.random).to(like.device, like.dtype)
