@@ -70,7 +70,7 @@ def startup(found: Any) -> list[tuple[str, str]]:
     load = found["load_to_first_output_seconds"]
     files = found["files"]
     return [
-        ("`import pared`, beyond `import torch`", f"{found['import_seconds']:.2f} s"),
+        ("`import pared`, beyond `import torch`", f"{found['import_seconds']:.3f} s; everything is imported on first use"),
         ("EfficientNet-Lite0 file to its first output, without its class", f"{load['cached']:.2f} s; {load['cold']:.2f} s cold"),
         (
             "Program in the file, LeNet-5 / EfficientNet-Lite0",
@@ -82,7 +82,7 @@ def startup(found: Any) -> list[tuple[str, str]]:
 def resnet18(found: Any) -> list[tuple[str, str]]:
     return [
         (
-            f"resnet18, default recipe, {found['images']} images, post-training, {found['threads']} threads",
+            f"resnet18, default recipe, {found['images']} images, post-training, threads: {found['threads']}",
             f"{found['seconds'] / 60:.1f} min for {found['options']} options",
         )
     ]

@@ -111,7 +111,8 @@ def _with_precision(counts: np.ndarray, weights: np.ndarray, description: tuple[
         if best is not None and bits > best.data_bits - max(2.0, 2e-4 * best.data_bits):
             break
         best = Table(frequencies, precision, ((index, 2), *description), int(counts.sum()), bits)
-    assert best is not None  # the finest precision has room for the largest alphabet
+    if best is None:
+        raise ValueError("the finest precision has room for the largest alphabet: this cannot happen")
     return best
 
 
