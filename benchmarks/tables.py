@@ -50,7 +50,8 @@ def damage(found: Any) -> list[tuple[str, str]]:
     return [
         (
             f"Predicted against measured divergence, {net['net'].replace('_', '-')}, {net['n']} layer-options",
-            f"rank correlation {net['rank_correlation']:.3f}, median ratio {net['median_ratio']:.2f}",
+            f"rank correlation {net['rank_correlation']:.3f}, median ratio {net['median_ratio']:.2f} on calibration data; "
+            f"{net['held_out']['rank_correlation']:.3f}, {net['held_out']['median_ratio']:.2f} on held-out data",
         )
         for net in found["nets"]
     ]
