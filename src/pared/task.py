@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -362,13 +361,3 @@ def _described(thing: Any) -> str:
     if isinstance(thing, dict):
         return f"a dict with keys {', '.join(map(str, thing))}"
     return f"a {type(thing).__name__}"
-
-
-def shallow_copy(task: Task, **changes: Any) -> Task:
-    """The same task with some attributes changed."""
-    twin = copy.copy(task)
-    for name, value in changes.items():
-        if not hasattr(twin, name):
-            raise AttributeError(f"Task has no attribute {name}")
-        setattr(twin, name, value)
-    return twin
