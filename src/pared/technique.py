@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import SerializeAsAny, ValidationError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pared import store
 from pared.errors import RecipeError
-from pared.settings import Settings, explain
+from pared.settings import Settings, Structure, explain
 from pared.site import Decoded, Site, install_, module_sites, tensor_sites
 from pared.statistics import Statistics
 
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 
 ENTRY_BITS = 8 * 28
 """What naming one more tensor costs in the file, on average over the files of the benchmark: manifest entry and digest."""
-
-
-class Structure(BaseModel):
-    """What `build` cannot know from shapes and settings; typed and versioned by its technique."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int = 1
 
 
 @dataclass(frozen=True)

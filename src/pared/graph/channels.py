@@ -1,0 +1,479 @@
+"""Coupled channel groups of any network: found on its graph, checked by cutting them and running it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pared.cut import Coordinates, Cut, Group, Mend, Slice, sizes_of
+from pared.graph.axes import Axes
+from pared.graph.ids import Factors
+from pared.graph.operators import Ref, find
+from pared.graph.program import Node, Program
+from pared.graph.trace import trace
+
+TOLERANCE = 1e-4
+"""Relative to the largest output: how far the cut model may be from its cut program."""
+MAX_TRIALS = 40
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Channels that stay, and why."""
+
+    name: str
+    n: int
+    reason: str
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Multiply-adds per example: `constant` times the size of each axis.
+
+    An axis is a list of (positions, groups): so many positions, each of which stays while none of its channels, one in
+    each of the groups, goes.
+    """
+
+    constant: float
+    axes: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+
+    def macs(self, keep: np.ndarray) -> float:
+        """With the kept share of every group."""
+        total = self.constant
+        for axis in self.axes:
+            total *= sum(n * float(np.prod(keep[list(groups)])) for n, groups in axis)
+        return total
+
+
+@final
+class Channels:
+    """The channel groups of a network.
+
+    Args:
+        model: in eval mode; it is not changed.
+        args, kwargs: an example call.
+        rewrite: groups whose sizes the model's code computes for itself may be cut too: the model then runs as its
+            program, no longer as its code.
+
+    `groups` can be cut, alone and together: a copy cut at all of them ran, and gave what its cut program gives.
+    `frozen` stay, each with the reason.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, rewrite: bool = False
+    ) -> None:
+        self.model, self.args, self.kwargs, self.rewrite = model, args, dict(kwargs or {}), rewrite
+        self.program = trace(model, args, self.kwargs)
+        self.axes = Axes(self.program, model, args, self.kwargs)
+        self.trials = 0
+        self._tied: set[str] = set()
+        self._find()
+        if not rewrite:
+            self._settle()
+
+    # -- groups ---------------------------------------------------------------------------------------------------------
+
+    def _find(self) -> None:
+        """Channels with the same places in the same tensors form a group."""
+        ids = self.axes.ids
+        keys: list[tuple[str, int, np.ndarray, bool]] = []
+        for path, origin in self.axes.origins.items():
+            for axis, own in enumerate(origin):
+                if len(own) < 2:
+                    continue
+                arrays = ids.factors(own)
+                free = [a for a in arrays if any(ids.reason(r) is None for r in np.unique(a[a >= 0]).tolist())]
+                for array in arrays:
+                    keys.append((path, axis, array, len(free) > 1 and array is free[0]))
+        roots = np.concatenate([array for _, _, array, _ in keys]) if keys else np.zeros(0, np.int64)
+        slots = np.concatenate([np.full(len(array), k) for k, (_, _, array, _) in enumerate(keys)]) if keys else roots
+        known = roots >= 0
+        pairs, counts = np.unique(np.stack([roots[known], slots[known]], 1), axis=0, return_counts=True)
+        starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1)) if len(pairs) else np.zeros(0, np.int64)
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for begin, end in zip(starts, [*starts[1:], len(pairs)]):
+            root = int(pairs[begin, 0])
+            signature = (ids.reason(root), pairs[begin:end, 1].tobytes(), counts[begin:end].tobytes())
+            members.setdefault(signature, []).append(root)
+        self.groups: list[Group] = []
+        self.frozen: list[Frozen] = []
+        self._number: dict[int, int] = {}
+        self._members: list[np.ndarray] = []
+        names: dict[str, int] = {}
+        for (reason, raw, _), channels in members.items():
+            places = [keys[k] for k in np.frombuffer(raw, pairs.dtype).tolist()]
+            name = _name(places)
+            if reason is not None:
+                self.frozen.append(Frozen(name, len(channels), reason, tuple(dict.fromkeys(p for p, *_ in places))))
+                continue
+            if len(channels) < 2:
+                continue
+            names[name] = names.get(name, 0) + 1
+            number = np.full(ids.n + 1, -1)
+            number[channels] = np.arange(len(channels))
+            self._number.update(dict.fromkeys(channels, len(self.groups)))
+            self._members.append(np.array(channels))
+            slices = tuple(Slice(path, axis, number[array]) for path, axis, array, _ in places)
+            label = name if names[name] == 1 else f"{name}#{names[name]}"
+            self.groups.append(Group(label, len(channels), slices, (), any(whole for *_, whole in places)))
+        self._add_mends()
+        self._add_scales()
+
+    def _terms(self, axis: Factors) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """An axis as counts of positions by the groups that they belong to."""
+        arrays = self.axes.ids.factors(*axis)
+        groups = np.stack([np.array([self._number.get(r, -1) for r in a.tolist()]) for a in arrays], 1)
+        rows, counts = np.unique(groups, axis=0, return_counts=True)
+        return tuple((int(n), tuple(g for g in row if g >= 0)) for row, n in zip(rows.tolist(), counts))
+
+    def loads(self) -> list[Load]:
+        """The multiply-adds of every product, as a function of what the groups keep."""
+        found = []
+        for work in self.axes.works:
+            axes = [self._terms(axis) for axis in work.axes]
+            found.append(Load(work.constant, tuple(axes)))
+        return found
+
+    # -- sizes that modules keep ----------------------------------------------------------------------------------------
+
+    def _add_mends(self) -> None:
+        """Numbers in the modules that are the size of an axis, found by their value next to where the axis is read."""
+        modules = dict(self.model.named_modules())
+        facts: dict[str, dict[int, list[Factors]]] = {}
+        for size in self.axes.sizes:
+            if size.per[0]:
+                continue
+            for owner in _around(size.near):
+                facts.setdefault(owner, {}).setdefault(size.size, []).append(size.axis)
+        for path, origin in self.axes.origins.items():
+            for ids in origin:
+                if len(ids) > 1:
+                    for owner in _around(path.rpartition(".")[0]):
+                        facts.setdefault(owner, {}).setdefault(len(ids), []).append((ids,))
+        mends: dict[int, list[Mend]] = {}
+        for path, by_size in facts.items():
+            module = modules.get(path)
+            if module is None:
+                continue
+            follows = {name for name, _ in sizes_of(module)}
+            for name, place, value in _numbers(module, follows):
+                axes = {self._terms(axis): axis for axis in by_size.get(value, ())}
+                axes = {terms: axis for terms, axis in axes.items() if any(groups for _, groups in terms)}
+                if len(axes) > 1:  # what is read in the module itself comes before what is read around it
+                    own = {self._terms((ids,)) for p, o in self.axes.origins.items() if p.startswith(f"{path}.") for ids in o}
+                    axes = {terms: axis for terms, axis in axes.items() if terms in own} or axes
+                if axes:
+                    self._mend(path, name, place, next(iter(axes)), mends)
+        for number, found in mends.items():
+            self.groups[number] = replace(self.groups[number], mends=tuple(dict.fromkeys(found)))
+
+    def _mend(
+        self, path: str, name: str, place: int | None, terms: tuple[tuple[int, tuple[int, ...]], ...], mends: dict[int, list[Mend]]
+    ) -> None:
+        for n, groups in terms:
+            for group in groups:
+                per = None if len(terms) == 1 else n // self.groups[group].n
+                mends.setdefault(group, []).append(Mend(path, name, place, per))
+
+    # -- attention without an explicit scale -------------------------------------------------------------------------------
+
+    def _add_scales(self) -> None:
+        """Attention that divides by the root of its own width: queries grow smaller as that width does."""
+        for _k, node in enumerate(self.program.nodes):
+            if node.op != "aten.scaled_dot_product_attention.default" or node.arguments().get("scale") is not None:
+                continue
+            query = node.arguments()["query"]
+            axis = self.axes.labels[query.index][-1]
+            groups = {g for _, found in self._terms(axis) for g in found} if axis else set()
+            if not groups:
+                continue
+            source = self._source(query)
+            for number in groups:
+                if source is None:
+                    self._freeze_group(number, "the scale of its attention depends on it, and its queries cannot be rescaled")
+                    continue
+                weight, bias, rows = source
+                rescaled = [(path, 0, rows) for path in (weight, bias) if path is not None]
+                self.groups[number] = replace(self.groups[number], rescaled=(*self.groups[number].rescaled, *rescaled))
+
+    def _source(self, ref: Ref) -> tuple[str, str | None, tuple[int, ...]] | None:
+        """The linear layer whose outputs a value consists of: weight, bias, and which of its rows."""
+        chain: list[Node] = []
+        while (k := self.program.node_of(ref)) is not None:
+            node = self.program.nodes[k]
+            if node.op == "aten.linear.default":
+                break
+            if node.op.split(".")[1] not in _ARRANGING or not isinstance(node.args[0], Ref):
+                return None
+            chain.append(node)
+            ref = node.args[0]
+        else:
+            return None
+        bound = node.arguments()
+        weight = self.program.state_of(bound["weight"])
+        bias = self.program.state_of(bound["bias"]) if isinstance(bound["bias"], Ref) else None
+        if weight is None or (isinstance(bound["bias"], Ref) and bias is None):
+            return None
+        shape = self.axes.shapes[ref.index]
+        value: Any = torch.arange(shape[-1]).expand(shape)
+        for step in reversed(chain):
+            operator = find(step.op)
+            if operator is None:
+                return None
+            rest = [self._plain(a) for a in step.args[1:]]
+            value = operator.function(value, *rest, **{name: self._plain(a) for name, a in step.kwargs.items()})
+        return weight.path, bias.path if bias else None, tuple(np.unique(value.numpy()).tolist())
+
+    def _plain(self, argument: Any) -> Any:
+        if isinstance(argument, list):
+            return [self._plain(a) for a in argument]
+        return self.axes.shapes[argument.index] if isinstance(argument, Ref) else argument
+
+    # -- trial ------------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Cut a copy everywhere and run it; where its code does not follow, keep that neighbourhood whole."""
+        while self.groups and self.trials < MAX_TRIALS:
+            self.trials += 1
+            failure = self._trial(range(len(self.groups)))
+            if failure is None:
+                return
+            self._yield(*failure)
+        if self.groups:
+            for number in range(len(self.groups)):
+                self._freeze_group(number, "the model did not run with its channels removed")
+            self._find()
+
+    def _trial(self, numbers: Iterable[int]) -> tuple[str, str] | None:
+        """None, or the module that failed and what it said."""
+        masks = {number: _half(self.groups[number].n) for number in numbers}
+        twin, plain = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        self.cut_(twin, masks)
+        self.cut_(plain, masks, rescale=False)
+        stack: list[str] = []
+        handles = []
+        for path, module in twin.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda m, a, path=path: stack.append(path)))
+            handles.append(module.register_forward_hook(lambda m, a, o: stack.remove(stack[-1])))
+        try:
+            with torch.no_grad():
+                got = twin(*_clones(self.args), **_clones(self.kwargs))
+        except Exception as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            return stack[-1] if stack else "", said[0][:200]
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad():
+            program = cut_program(self.program, self.axes, self.going(masks))
+            expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
+        distance = difference(got, expected)
+        return None if distance <= TOLERANCE else ("", f"its outputs were off by {distance:.2g}")
+
+    def _yield(self, path: str, said: str) -> None:
+        """What the failing module, and all of its class, shall not be asked again."""
+        modules = dict(self.model.named_modules())
+        while path and not any(True for _ in modules[path].children()):
+            path = path.rpartition(".")[0]
+        alike = [p for p, m in modules.items() if type(m) is type(modules[path])] if path else [""]
+        if self._tie(alike):
+            self._find()
+            return
+        reason = f"the code of {type(modules[path]).__name__} computes sizes for itself ({said})"
+        inside = [self._groups_in(p) for p in alike]
+        if not any(inside):
+            parent = path.rpartition(".")[0]
+            inside = [self._groups_in(parent)] if parent != path else []
+        numbers = {n for found in inside for n in found}
+        slots = {n for n in numbers if not self.groups[n].whole and any(self.groups[m].whole for m in numbers)}
+        for number in slots or numbers or set(range(len(self.groups))):
+            self._freeze_group(number, reason)
+        self._find()
+
+    def _groups_in(self, path: str) -> set[int]:
+        prefix = f"{path}." if path else ""
+        local = set()
+        for number, group in enumerate(self.groups):
+            if any(piece.path.startswith(prefix) for piece in group.slices):
+                local.add(number)
+        private = {n for n in local if all(piece.path.startswith(prefix) for piece in self.groups[n].slices)}
+        return private or local
+
+    def _tie(self, paths: list[str]) -> bool:
+        """Let the width inside of modules follow the width of what comes in, where the two are equal."""
+        tied = False
+        for path in paths:
+            if path in self._tied:
+                continue
+            self._tied.add(path)
+            ends = [(p, o[1]) for p, o in self.axes.origins.items() if p.startswith(f"{path}.") and len(o) >= 2]
+            outer = [(p, ids) for p, ids in ends if self._reaches_out(ids, path)]
+            inner = [(p, ids) for p, ids in ends if not self._reaches_out(ids, path)]
+            for _, ids in inner:
+                for _, other in outer:
+                    if len(ids) == len(other):
+                        before = self.axes.ids.find(ids), self.axes.ids.find(other)
+                        if not np.array_equal(*before):
+                            self.axes.ids.same((ids,), (other,), "its width is tied to another that stays")
+                            tied = True
+                        break
+        return tied
+
+    def _reaches_out(self, ids: np.ndarray, path: str) -> bool:
+        numbers = {g for _, groups in self._terms((ids,)) for g in groups} if len(self.axes.ids.factors(ids)) else set()
+        return any(not piece.path.startswith(f"{path}.") for n in numbers for piece in self.groups[n].slices)
+
+    def _freeze_group(self, number: int, reason: str) -> None:
+        self.axes.ids.freeze(self._members[number], reason)
+
+    # -- cutting ------------------------------------------------------------------------------------------------------------
+
+    def cut_(self, model: nn.Module, masks: Mapping[int, np.ndarray], *, rescale: bool = True) -> list[Cut]:
+        """Remove channels of groups (number: mask of those that go), in place."""
+        coordinates = Coordinates()
+        cuts = []
+        for number, gone in masks.items():
+            group = self.groups[number] if rescale else replace(self.groups[number], rescaled=())
+            cut = Cut(coordinates.structure(group, gone, model))
+            cut(model)
+            cuts.append(cut)
+        return cuts
+
+    def going(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The same choice as a mask over all ids."""
+        going = np.zeros(self.axes.ids.n + 1, bool)
+        for number, gone in masks.items():
+            going[self._members[number]] = gone
+        return going
+
+
+_ARRANGING = frozenset(
+    "view reshape _unsafe_view permute transpose t contiguous clone select unbind getitem slice split chunk unflatten flatten "
+    "squeeze unsqueeze split_with_sizes".split()
+)
+
+
+def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
+    """Which positions of an axis stay."""
+    stays = np.ones(size, bool)
+    for array in axes.ids.factors(*axis):
+        stays &= ~((array >= 0) & going[array])
+    return stays
+
+
+def cut_program(program: Program, axes: Axes, going: np.ndarray) -> Program:
+    """The program with every number that is the size of an axis made to fit what stays of the axis."""
+    changes: dict[int, dict[tuple[str, int | None], int]] = {}
+    for size in axes.sizes:
+        new = int(left(axes, size.axis, size.size, going).sum())
+        changes.setdefault(size.node, {})[size.argument, size.place] = new
+    nodes = []
+    for k, node in enumerate(program.nodes):
+        operator = find(node.op)
+        if operator is None:
+            nodes.append(node)
+            continue
+        bound = dict(operator.bind(node.args, node.kwargs))
+        changed = k in changes
+        for (argument, place), new in changes.get(k, {}).items():
+            if place is None:
+                bound[argument] = new
+            else:
+                whole = list(bound[argument])
+                whole[place] = new
+                bound[argument] = whole
+        if node.op == "aten.scaled_dot_product_attention.default" and bound.get("scale") is None:
+            bound["scale"] = axes.shapes[bound["query"].index][-1] ** -0.5
+            changed = True
+        if not changed:
+            nodes.append(node)
+            continue
+        names = [a.name for a in operator.arguments if not a.keyword_only]
+        args, kwargs = operator.trim(
+            [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
+        )
+        nodes.append(Node(node.op, args, kwargs))
+    return Program(
+        program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), program.outputs,
+        program.constants, program.static_reason,
+    )  # fmt: skip
+
+
+def _held(root: nn.Module, program: Program) -> nn.Module:
+    state = dict([*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)])
+    return program.root(state)
+
+
+def difference(got: Any, expected: Any) -> float:
+    """The largest difference of outputs, relative to the largest expected value."""
+    a = [t for t in pytree.tree_leaves(_tree(got)) if isinstance(t, Tensor)]
+    b = [t for t in pytree.tree_leaves(_tree(expected)) if isinstance(t, Tensor)]
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b):
+        if x.is_floating_point() and x.numel():
+            worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp_min(1e-12)))
+    return worst
+
+
+def _tree(outputs: Any) -> Any:
+    return dict(outputs.items()) if hasattr(outputs, "items") else outputs
+
+
+def _clones(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _half(n: int) -> np.ndarray:
+    """Every other channel goes."""
+    return np.arange(n) % 2 == 1
+
+
+def _name(places: list[tuple[str, int, np.ndarray, bool]]) -> str:
+    for path, axis, _array, _ in places:
+        if axis == 0 and path.endswith("weight"):
+            return path.rpartition(".")[0]
+    return places[0][0].rpartition(".")[0] or places[0][0]
+
+
+def _around(path: str) -> list[str]:
+    """A module and the two around it."""
+    found = [path]
+    for _ in range(2):
+        if not path:
+            break
+        path = path.rpartition(".")[0]
+        found.append(path)
+    return found
+
+
+_SIZES = re.compile(
+    r"dim|head|chan|chs|feat|hidden|embed|group|width|planes|inner|expan|split|units|^[cCdDnmhk]$|in_|out_|qk|kv|_c$|size$|rank"
+)
+_NOT_SIZES = re.compile(
+    r"window|shift|kernel|stride|pad|patch|grid|img|image|input_size|resol|seq|token|depth|layer|block|stage|level|pos|max|class|"
+    r"dilation|scale_factor|vocab|area|spatial|feat_size|map|sr_ratio|prefix"
+)
+"""Names of attributes that are sizes of channel axes, and of those that are not, whatever their value."""
+
+
+def _numbers(module: nn.Module, follows: set[str]) -> Iterable[tuple[str, int | None, int]]:
+    """Whole numbers above 1 among the attributes, and in tuples and lists of them."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or not _SIZES.search(name) or _NOT_SIZES.search(name) or name in follows:
+            continue
+        if type(value) is int and value > 1:
+            yield name, None, value
+        elif isinstance(value, tuple | list) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
+            yield from ((name, place, v) for place, v in enumerate(value) if v > 1)
+
