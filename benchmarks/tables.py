@@ -89,6 +89,17 @@ def resnet18(found: Any) -> list[tuple[str, str]]:
     ]
 
 
+def calibration(found: Any) -> list[tuple[str, str]]:
+    worst = max(found["cases"], key=lambda case: case["peak_bytes"])
+    return [
+        (
+            f"Calibrating a language model of {worst['parameters'] / 1e6:.0f} M parameters, {worst['examples']} × "
+            f"{worst['tokens']} tokens",
+            f"{worst['peak_bytes'] / 1e9:.1f} GB at the peak, everything included",
+        )
+    ]
+
+
 SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "lenet_300_100": lenet("LeNet-300-100"),
     "lenet_5": lenet("LeNet-5"),
@@ -97,6 +108,7 @@ SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "allocation": allocation,
     "startup": startup,
     "resnet18": resnet18,
+    "calibration": calibration,
 }
 
 
