@@ -22,7 +22,7 @@ from pared.budget import damage
 from pared.budget.allocate import curve
 from pared.job import Job
 from pared.measurement import Measurement
-from pared.search import Search
+from pared.search import Search, margin
 from pared.task import batch_size
 from pared.technique import value_at
 from pared.trials import Trial
@@ -59,6 +59,7 @@ def describe(
         "after": {key: value for key, value in measured.items() if key not in ("drop_pp", "agreement")},
         "drop_pp": measured.get("drop_pp"),
         "agreement": measured.get("agreement"),
+        "acceptance": _acceptance(best, job),
         "edits": _edit_rows(best, job.store),
         "refusals": [vars(refusal) for refusal in search.refusals],
         "untouched": _untouched(best, job, search),
@@ -87,6 +88,22 @@ def describe(
         },
         "warnings": job.warnings,
         "met": met,
+    }
+
+
+def _acceptance(best: Trial, job: Job) -> dict[str, Any] | None:
+    """How the drop on validation data was held against the accepted one, if there is one."""
+    limit, drop = job.target.max_drop, best.drop
+    if limit is None:
+        return None
+    return {
+        "max_drop": limit,
+        "drop": drop.value,
+        "standard_error": drop.standard_error,
+        "margin": margin(drop, limit),
+        "n": drop.n,
+        "n_groups": drop.n_groups,
+        "unit": drop.unit,
     }
 
 

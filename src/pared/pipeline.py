@@ -24,6 +24,7 @@ from pared.errors import BudgetError, InputError
 from pared.job import Job
 from pared.measurement import Measurement, measure
 from pared.measurement.compute import compute
+from pared.measurement.quality import Drop
 from pared.measurement.size import original_bytes
 from pared.outcome import count, describe
 from pared.place import Progress, Refusal, check_finite, prepared
@@ -96,7 +97,8 @@ def compress(
         size: of the whole file: "20x", "5%", "1.2MB".
         macs: multiply-adds: "2x", "50%", "300M".
         latency: "3x" or "3x@onnxruntime".
-        max_drop: accepted drop of the metric in points; alone, it asks for the smallest file within it.
+        max_drop: accepted drop of the metric in points, with a margin for chance (see `pared.search.margin`); alone, it
+            asks for the smallest file within it.
         train: recover by distillation from the original; False: post-training only.
         out: folder for the results and for going on after an interruption.
         seed: of everything random.
@@ -268,6 +270,8 @@ def _finish(job: Job, search: Search, best: Trial, met: bool) -> Result:
     job.say("measuring")
     if job.task.test is None:
         job.warnings.append("there is no test data: final figures are on validation data, on which choices were made")
+    if job.target.max_drop:
+        job.warnings += _too_few(best.drop, job.target.max_drop)
     runtimes = tuple(dict.fromkeys(("torch", job.target.runtime)))
     with tempfile.TemporaryDirectory() as scratch:
         file = job.folder.file("model.pared") if job.folder else Path(scratch) / "model.pared"
@@ -287,6 +291,19 @@ def _finish(job: Job, search: Search, best: Trial, met: bool) -> Result:
         folder.log(f"done: {best.file_bytes} bytes, drop {best.drop.value:.3f} on validation")
         folder.clear_state()
     return result
+
+
+def _too_few(drop: Drop, max_drop: float) -> list[str]:
+    """A sentence where the validation data cannot tell a drop of this size from chance."""
+    error = drop.standard_error
+    if error is not None and error <= max_drop / 2:
+        return []
+    kind = "examples" if drop.n_groups == drop.n else "independent groups of examples"
+    spread = "cannot be known" if error is None else f"is {error:.2g} {drop.unit}"
+    return [
+        f"{drop.n_groups} {kind} of validation data are few for an accepted drop of {max_drop:g} {drop.unit}: the standard "
+        f"error of the drop {spread}; a margin of {max_drop / 2:g} was kept instead of it"
+    ]
 
 
 def _length(task: Task) -> int:

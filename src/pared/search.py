@@ -15,6 +15,7 @@ from pared.budget.options import fixed_bits, options
 from pared.errors import BudgetError
 from pared.job import Job
 from pared.measurement.latency import compare
+from pared.measurement.quality import Drop
 from pared.place import Refusal, place
 from pared.runtimes import session
 from pared.statistics import Statistics
@@ -137,7 +138,8 @@ class Search:
         return min(plans, key=lambda pair: pair[0].fixed_bits + getattr(pair[1].cost, measure_name))
 
     def _accepts(self, trial: Trial) -> bool:
-        return self.job.target.max_drop is None or trial.drop.value <= self.job.target.max_drop + 1e-9
+        limit = self.job.target.max_drop
+        return limit is None or trial.drop.value + margin(trial.drop, limit) <= limit + 1e-9
 
     def _at_size(self, file_bytes: float | None, macs: float | None, trained: bool) -> Trial:
         """A trial whose file is within the size: the estimate is corrected by what files of earlier trials weighed."""
@@ -251,13 +253,26 @@ class Search:
         unit = kept.drop.unit
         text = f"the budget is not met: the accepted drop is {self.job.target.max_drop:g} {unit}"
         if asked is not None:
-            text += f", but at {asked.file_bytes / 1e6:.3g} MB the drop is {asked.drop.value:.2f}"
+            text += f", but at {asked.file_bytes / 1e6:.3g} MB the drop is {_spread(asked.drop)}"
         ratio = self.job.original_bytes / kept.file_bytes
-        text += f"; kept is {kept.file_bytes / 1e6:.3g} MB ({ratio:.1f}x) with {kept.drop.value:.2f}"
+        text += f"; kept is {kept.file_bytes / 1e6:.3g} MB ({ratio:.1f}x) with {_spread(kept.drop)}"
         worst = sorted(kept.plan.options, key=lambda option: -option.damage)[:3]
         if worst:
             text += f"; most damage comes from {', '.join(option.site.path for option in worst)}"
         return text
+
+
+def margin(drop: Drop, max_drop: float) -> float:
+    """How far below the accepted drop a drop on validation data must stay: its standard error, at most half of what is
+    accepted. The plan is the best of several on the same examples, so half of all drops measured to be just within the
+    limit are above it on others; and with few examples the standard error alone would leave no plan to accept."""
+    error = drop.standard_error
+    return max_drop / 2 if error is None else min(error, max_drop / 2)
+
+
+def _spread(drop: Drop) -> str:
+    error = drop.standard_error
+    return f"{drop.value:.2f}" + (f" (standard error {error:.2f})" if error is not None else "")
 
 
 def _levels(found: list[Option], n: int = 3) -> list[tuple[Option, ...]]:

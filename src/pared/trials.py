@@ -76,6 +76,7 @@ class Trial:
             "predicted_damage": self.plan.damage,
             "metric": self.quality.value,
             "drop_pp": self.drop.value,
+            "standard_error": self.drop.standard_error,
             "accepted": accepted,
             "epochs": len(self.history),
             "seconds": self.seconds,
@@ -139,7 +140,7 @@ class Trials:
             self.job.folder.memo(f"trial-{number}", lambda: {"history": history})
         self.job.say(
             f"trial {number}: {file_bytes / 1e3:.1f} kB ({self.job.original_bytes / file_bytes:.1f}x), "
-            f"drop {trial.drop.value:.2f} {trial.drop.unit} on validation"
+            f"drop {trial.drop} on validation"
         )
         return trial
 
