@@ -272,9 +272,10 @@ def hold_(owner: nn.Module, name: str, decoded: nn.Module, like: Tensor) -> None
         owner._parameters[name] = empty
     else:
         raise InputError(f"{name} must be a parameter or a buffer of {type(owner).__name__}; it is neither")
-    training = owner.training
     parametrize.register_parametrization(owner, name, decoded, unsafe=True)
-    owner.train(training)
+    lists = cast(nn.ModuleDict, owner.parametrizations)
+    lists.training = owner.training
+    lists[name].train(owner.training)
     if isinstance(owner, nn.RNNBase) and not isinstance(vars(type(owner)).get("_flat_weights"), _Unflattened):
         owner.__dict__.pop("_flat_weights", None)
         type(owner)._flat_weights = _Unflattened()  # type: ignore[assignment]

@@ -318,7 +318,9 @@ class ProgramModule(nn.Module):
         self.program = program
         self.root = root
         self._plan = plan(program)
-        super().train(False)
+        self.training = False
+        if any(module.training for module in root.modules()):
+            root.eval()  # only where it is needed: it makes decoded tensors forget their values
 
     def train(self, mode: bool = True) -> ProgramModule:
         if mode:
