@@ -74,10 +74,10 @@ def describe(
             if option.technique is not None
         ],
         "predicted_measured": _predicted_measured(best, job),
-        "curve": [{"bytes": bits / 8, "damage": damage} for bits, damage in curve(best.way.options)],
+        "curve": [{"bytes": bits / 8, "damage": damage} for bits, damage in _curve(best)],
         "trials": [trial.row(trial is best) for trial in search.trials.done],
         "training": best.history,
-        "recipe": job.resolved([*best.way.levels, best.plan.options]),
+        "recipe": job.resolved(best.levels),
         "command": job.command,
         "seconds": {**job.seconds, "total": time.perf_counter() - job.started},
         "environment": {
@@ -89,6 +89,11 @@ def describe(
         "warnings": job.warnings,
         "met": met,
     }
+
+
+def _curve(best: Trial) -> list[tuple[float, float]]:
+    """Size against damage of what the last step could do; what groups of channels cost does not add up to one."""
+    return curve(best.way.options) if best.way.graph is None else []
 
 
 def _acceptance(best: Trial, job: Job) -> dict[str, Any] | None:

@@ -285,7 +285,7 @@ def _finish(job: Job, search: Search, best: Trial, met: bool) -> Result:
     result = Result(best.model, best.edits, before, after, search.refusals, met, data, job.store)
     if job.folder:
         folder = job.folder
-        folder.write("recipe.yaml", job.resolved([*best.way.levels, best.plan.options]))
+        folder.write("recipe.yaml", job.resolved(best.levels))
         folder.write("result.json", json.dumps(data, indent=1))
         write_whole(folder.file("report.html"), lambda path: result.report(path))
         folder.log(f"done: {best.file_bytes} bytes, drop {best.drop.value:.3f} on validation")

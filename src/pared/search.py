@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
 from torch import nn
 
 from pared.budget.allocate import Plan, allocate, curve, smallest
+from pared.budget.calibrate import gather
+from pared.budget.channels import Removal, channel_options, masks, plan_channels
 from pared.budget.options import fixed_bits, options
 from pared.errors import BudgetError
+from pared.graph.channels import Channels
 from pared.job import Job
 from pared.measurement.latency import compare
 from pared.measurement.quality import Drop
 from pared.place import Refusal, place
 from pared.runtimes import session
+from pared.site import duplicate, plain
 from pared.statistics import Statistics
-from pared.technique import Option
-from pared.trials import Trial, Trials, Way
+from pared.technique import Cost, Option
+from pared.trials import Level, Trial, Trials, Way
 
 MAX_TRIALS = 6
 """How many plans are trained and verified at most while the accepted drop is used up."""
@@ -93,24 +98,50 @@ class Search:
     @cached_property
     def ways(self) -> list[Way]:
         """Every way through the steps; one, if there is one step."""
-        return self.job.timed("options", lambda: list(self._explore(0, self.job.base, self.statistics, ())))
+        start = self.job.base, self.statistics, (), self.job.total_macs
+        return self.job.timed("options", lambda: list(self._explore(0, *start)))
 
     def _explore(
-        self, index: int, model: nn.Module, statistics: Statistics, levels: tuple[tuple[Option, ...], ...]
+        self, index: int, model: nn.Module, statistics: Statistics, levels: tuple[Level, ...], macs: float
     ) -> Iterator[Way]:
-        techniques = list(self.job.steps[index].candidates)
-        found, refusals = options(model, techniques, statistics, self.job.task, progress=self.job.progress)
+        job, step, graph = self.job, self.job.steps[index], None
+        if step.cuts:
+            graph = Channels(duplicate(model).eval(), *job.example)
+            found, refusals = channel_options(graph.model, step.candidates, statistics, graph, job.task, job.progress)
+        else:
+            found, refusals = options(model, list(step.candidates), statistics, job.task, progress=job.progress)
         if index == 0:
             self.refusals = refusals
             self.first_options = found
-        if index == len(self.job.steps) - 1:
-            covered = {path for option in found for path in option.site.covers}
-            yield Way(levels, found, model, statistics, fixed_bits(model, covered))
+        if index == len(job.steps) - 1:
+            covered = set() if graph else {path for option in found for path in option.site.covers}
+            yield Way(levels, found, model, statistics, 0.0 if graph else fixed_bits(model, covered), macs, graph)
             return
-        for level in _levels(found):
-            twin, grown = copy.deepcopy(model), statistics.copy()
-            place(twin, level, grown)
-            yield from self._explore(index + 1, twin, grown, (*levels, level))
+        for chosen in _levels(found) if graph is None else self._cut_levels(found, graph, macs):
+            twin = copy.deepcopy(model)
+            if graph is None:
+                grown = statistics.copy()
+                place(twin, chosen, grown)
+                yield from self._explore(index + 1, twin, grown, (*levels, Level(chosen)), macs)
+                continue
+            Removal(twin, graph, job.task).remove_(chosen)
+            seen = gather(plain(twin), job.task, seed=job.seed, progress=job.progress) if chosen else statistics
+            left = macs * graph.macs(masks(chosen, graph)) / graph.macs({})
+            yield from self._explore(index + 1, twin, seen, (*levels, Level(chosen, graph, tuple(found), seen)), left)
+
+    def _cut_levels(self, found: list[Option], graph: Channels, macs: float) -> list[tuple[Option, ...]]:
+        """A few plans of a step that removes channels before others follow: what is asked, or some shares of the MACs."""
+        whole = graph.macs({})
+        if self.job.target.macs is not None or self.job.target.speedup is not None:
+            asked = self.job.target.macs or self.job.total_macs / (self.job.target.speedup or 1.0)
+            return [tuple(plan_channels(found, graph, macs=whole * min(1.0, asked / macs)))]
+        plans: list[tuple[Option, ...]] = [()]
+        for share in (0.75, 0.5, 0.35):
+            try:
+                plans.append(tuple(plan_channels(found, graph, macs=share * whole)))
+            except BudgetError:
+                continue
+        return plans
 
     def _plan(self, file_bytes: float | None, macs: float | None) -> tuple[Way, Plan]:
         """The least damage within a budget, over all ways through the steps."""
@@ -121,10 +152,10 @@ class Search:
             if file_bytes is not None:
                 limits["size_bits"] = 8 * file_bytes / self.trials.correction - way.fixed_bits
             if macs is not None:
-                dense = sum(option.cost.macs for option in self.first_options if option.technique is None)
-                limits["macs"] = macs - max(0.0, self.job.total_macs - dense)
+                dense = sum(option.cost.macs for option in way.options if option.technique is None)
+                limits["macs"] = macs if way.graph else macs - max(0.0, way.macs - dense)
             try:
-                found.append((way, allocate(way.options, **limits)))
+                found.append((way, _cut_plan(way, **limits) if way.graph else allocate(way.options, **limits)))
             except BudgetError as error:
                 failure = error
         if not found:
@@ -134,7 +165,7 @@ class Search:
     def _smallest_plan(self) -> tuple[Way, Plan]:
         lighter = self.job.target.file_bytes is None and (self.job.target.macs is not None or self.job.target.speedup is not None)
         measure_name = "macs" if lighter else "stored_bits"
-        plans = [(way, smallest(way.options, measure_name)) for way in self.ways]
+        plans = [(way, _least(way, measure_name)) for way in self.ways]
         return min(plans, key=lambda pair: pair[0].fixed_bits + getattr(pair[1].cost, measure_name))
 
     def _accepts(self, trial: Trial) -> bool:
@@ -219,7 +250,7 @@ class Search:
         return best, low, high
 
     def _smallest_bytes(self) -> float:
-        sizes = [way.fixed_bits + smallest(way.options).cost.stored_bits for way in self.ways]
+        sizes = [way.fixed_bits + _least(way, "stored_bits").cost.stored_bits for way in self.ways]
         return 1.02 * self.trials.correction * min(sizes) / 8
 
     def _search_latency(self) -> Found:
@@ -260,6 +291,43 @@ class Search:
         if worst:
             text += f"; most damage comes from {', '.join(option.site.path for option in worst)}"
         return text
+
+
+def _cut_plan(way: Way, size_bits: float | None = None, macs: float | None = None) -> Plan:
+    """The channels to remove within the budgets; where there are two, the one that takes more decides."""
+    graph = way.graph
+    if graph is None:
+        raise ValueError("a way that removes no channels has no graph of them")
+    start = time.perf_counter()
+    plans = []
+    if macs is not None:
+        plans.append(plan_channels(way.options, graph, macs=graph.macs({}) * min(1.0, macs / way.macs)))
+    if size_bits is not None:
+        plans.append(plan_channels(way.options, graph, bits=size_bits))
+    costs = [(_cut_cost(way, plan), plan) for plan in plans or [[]]]
+    cost, chosen = min(costs, key=lambda pair: (pair[0].stored_bits, pair[0].macs))
+    if (macs is not None and cost.macs > 1.0001 * macs) or (size_bits is not None and cost.stored_bits > 1.0001 * size_bits):
+        raise BudgetError("no plan for the channels meets both the size and the MACs; relax one of them")
+    return Plan(tuple(chosen), cost, sum(option.damage for option in chosen), 0.0, time.perf_counter() - start)
+
+
+def _cut_cost(way: Way, chosen: Sequence[Option]) -> Cost:
+    graph = way.graph
+    if graph is None:
+        raise ValueError("a way that removes no channels has no graph of them")
+    gone = masks(chosen, graph)
+    return Cost(graph.bits(gone), way.macs * graph.macs(gone) / graph.macs({}))
+
+
+def _least(way: Way, measure_name: str) -> Plan:
+    """What costs least, whatever it harms."""
+    if way.graph is None:
+        return smallest(way.options, measure_name)
+    harshest: dict[str, Option] = {}
+    for option in sorted(way.options, key=lambda option: -option.cost.stored_bits):
+        harshest[option.site.path] = option
+    chosen = tuple(harshest.values())
+    return Plan(chosen, _cut_cost(way, chosen), sum(option.damage for option in chosen), 0.0, 0.0)
 
 
 def margin(drop: Drop, max_drop: float) -> float:

@@ -15,15 +15,34 @@ from torch import nn
 
 from pared import artifact, registry
 from pared.budget.allocate import Plan
+from pared.budget.channels import Removal, partly
+from pared.graph.channels import Channels
 from pared.job import Job
 from pared.measurement.quality import Drop, Quality, drop, evaluate
 from pared.place import place, place_buffers_, relax_, settle_
-from pared.recipe import Step
+from pared.recipe import Step, Training
 from pared.record import Record, attach_, record_of
 from pared.site import Decoded, duplicate
 from pared.statistics import Statistics
 from pared.technique import Edit, Option
 from pared.train import train as train_loop
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """What one step does.
+
+    Args:
+        options: the chosen ones.
+        graph: of the channels, where the step removes some.
+        found: all options of such a step.
+        statistics: after it; None where they grow by what the new parts see.
+    """
+
+    options: tuple[Option, ...]
+    graph: Channels | None = None
+    found: tuple[Option, ...] = ()
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +55,21 @@ class Way:
         model: the network with the levels in place.
         statistics: for it.
         fixed_bits: of what no option covers.
+        macs: of the model, per example; 0 where nothing asks for them.
+        graph: of its channels, where the last step removes some.
     """
 
-    levels: tuple[tuple[Option, ...], ...]
+    levels: tuple[Level, ...]
     options: list[Option]
     model: nn.Module
     statistics: Statistics
     fixed_bits: float
+    macs: float = 0.0
+    graph: Channels | None = None
 
     @property
     def damage(self) -> float:
-        return sum(option.damage for level in self.levels for option in level)
+        return sum(option.damage for level in self.levels for option in level.options)
 
 
 @dataclass
@@ -68,7 +91,12 @@ class Trial:
     @property
     def chosen(self) -> list[Option]:
         """What was done, by all steps in order."""
-        return [option for level in (*self.way.levels, self.plan.options) for option in level]
+        return [option for level in self.levels for option in level]
+
+    @property
+    def levels(self) -> list[tuple[Option, ...]]:
+        """The same, step by step."""
+        return [*(level.options for level in self.way.levels), self.plan.options]
 
     def row(self, accepted: bool) -> dict[str, Any]:
         return {
@@ -107,24 +135,29 @@ class Trials:
         history: list[dict[str, Any]] = []
         statistics = self.statistics.copy()
         saved = self._saved(number)
-        levels = [*way.levels, plan.options]
+        levels = [*way.levels, Level(plan.options, way.graph, tuple(way.options))]
         predicted = plan.cost.stored_bits + way.fixed_bits
+        n_edits = sum(len(level.options) for level in levels)
         self.job.say(
-            f"trial {number}: {sum(map(len, levels))} edits, {self.correction * predicted / 8e3:.1f} kB expected"
+            f"trial {number}: {n_edits} edits, {self.correction * predicted / 8e3:.1f} kB expected"
             f"{', training' if trained else ''}"
         )
         if saved is not None:
             model, edits, history = saved
         else:
             for index, (step, level) in enumerate(zip(self.job.steps, levels, strict=True)):
-                if trained and step.training is not None and step.training.epochs:
-                    new, rows = self._trained(model, level, statistics, step, number * 100 + index)
-                    history += rows
+                trains = trained and step.training is not None and step.training.epochs > 0
+                if level.graph is not None:
+                    new, rows = self._cut(model, level, step, number * 100 + index, trains)
+                elif trains:
+                    new, rows = self._trained(model, level.options, statistics, step, number * 100 + index)
                 else:
-                    new = place(model, level, statistics)
+                    new, rows = place(model, level.options, statistics), []
                 edits += new
+                history += rows
+                statistics = level.statistics.copy() if level.statistics is not None else statistics
             model.eval()
-        attach_(model, self._record(edits, levels))
+        attach_(model, self._record(edits, [level.options for level in levels]))
         file_bytes = self._weigh(model, number)
         self.correction = 8 * file_bytes / max(predicted, 1.0)
         quality = quality_of(model, self.job)
@@ -152,40 +185,67 @@ class Trials:
         self, model: nn.Module, level: Sequence[Option], statistics: Statistics, step: Step, number: int
     ) -> tuple[list[Edit], list[dict[str, Any]]]:
         """Train stand-ins, let them settle, tune what is left to train with the codes frozen, code the buffers."""
-        training = step.training
-        if training is None:
-            raise ValueError("a step without training cannot be trained")
-        losses = list(step.losses) or [registry.get("distill.logits")()]
-        tune = training.tune_epochs if training.tune_epochs is not None else max(1, training.epochs // 3)
-
-        def run(part: int, epochs: int, rate: float | None, anneal_until: float) -> list[dict[str, Any]]:
-            if not epochs:
-                return []
-            history = train_loop(
-                model,
-                self.job.task,
-                epochs=epochs,
-                losses=losses,
-                teacher=self.job.original,
-                learning_rate=rate,
-                task_weight=1.0 if training.hard else None,
-                anneal_until=anneal_until,
-                validate=lambda m: quality_of(m, self.job).value,
-                seed=self.job.seed,
-                step=2 * number + part,
-                checkpoint=self.job.folder.file(f"state/training-{number}-{part}") if self.job.folder else None,
-                progress=self.job.progress,
-            )
-            return [{"step": number, "part": part, **row} for row in history.to_json()["epochs"]]
-
         trainable_(model)
         relax_(model, level, statistics)
-        rows = run(0, training.epochs, training.learning_rate, training.anneal_until)
+        training = self._training(step)
+        rows = self._train(model, step, number, 0, training.epochs, training.learning_rate, training.anneal_until)
         edits = settle_(model, level, statistics)
-        rows += run(1, tune, training.learning_rate / 4 if training.learning_rate else None, 1.0)
+        tune = training.tune_epochs if training.tune_epochs is not None else max(1, training.epochs // 3)
+        rate = training.learning_rate / 4 if training.learning_rate else None
+        rows += self._train(model, step, number, 1, tune, rate, 1.0)
         model.eval()
         edits += place_buffers_(model, level, statistics)
         return edits, rows
+
+    def _cut(
+        self, model: nn.Module, level: Level, step: Step, number: int, trains: bool
+    ) -> tuple[list[Edit], list[dict[str, Any]]]:
+        """Remove channels; trained: in rounds on a cubic schedule (Zhu & Gupta 2017, arXiv:1710.01878), with recovery after
+        each."""
+        if level.graph is None:
+            raise ValueError("a step that removes channels needs a graph of them")
+        removal = Removal(model, level.graph, self.job.task)
+        if not trains:
+            return removal.remove_(level.options), []
+        training = self._training(step)
+        edits: list[Edit] = []
+        rows: list[dict[str, Any]] = []
+        for part in range(training.rounds):
+            progress = 1 - (1 - (part + 1) / training.rounds) ** 3
+            edits += removal.remove_(partly(level.options, level.found, progress))
+            trainable_(model)
+            epochs = training.epochs // training.rounds + (part < training.epochs % training.rounds)
+            rows += self._train(model, step, number, part, epochs, training.learning_rate, 1.0)
+        return edits, rows
+
+    @staticmethod
+    def _training(step: Step) -> Training:
+        if step.training is None:
+            raise ValueError("a step without training cannot be trained")
+        return step.training
+
+    def _train(
+        self, model: nn.Module, step: Step, number: int, part: int, epochs: int, rate: float | None, anneal_until: float
+    ) -> list[dict[str, Any]]:
+        """One training of a step, towards the original."""
+        if not epochs:
+            return []
+        history = train_loop(
+            model,
+            self.job.task,
+            epochs=epochs,
+            losses=list(step.losses) or [registry.get("distill.logits")()],
+            teacher=self.job.original,
+            learning_rate=rate,
+            task_weight=1.0 if self._training(step).hard else None,
+            anneal_until=anneal_until,
+            validate=lambda m: quality_of(m, self.job).value,
+            seed=self.job.seed,
+            step=2 * number + part,
+            checkpoint=self.job.folder.file(f"state/training-{number}-{part}") if self.job.folder else None,
+            progress=self.job.progress,
+        )
+        return [{"step": number, "part": part, **row} for row in history.to_json()["epochs"]]
 
     def _saved(self, number: int) -> tuple[nn.Module, list[Edit], list[dict[str, Any]]] | None:
         """The model of a trial that an interrupted run has finished."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -46,11 +47,17 @@ class Load:
     constant: float
     axes: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
 
-    def macs(self, keep: np.ndarray) -> float:
+    def macs(self, keep: Sequence[float] | np.ndarray) -> float:
         """With the kept share of every group."""
         total = self.constant
         for axis in self.axes:
-            total *= sum(n * float(np.prod(keep[list(groups)])) for n, groups in axis)
+            stays = 0.0
+            for n, groups in axis:
+                share = float(n)
+                for group in groups:
+                    share *= keep[group]
+                stays += share
+            total *= stays
         return total
 
 
@@ -134,6 +141,43 @@ class Channels:
         groups = np.stack([np.array([self._number.get(r, -1) for r in a.tolist()]) for a in arrays], 1)
         rows, counts = np.unique(groups, axis=0, return_counts=True)
         return tuple((int(n), tuple(g for g in row if g >= 0)) for row, n in zip(rows.tolist(), counts))
+
+    def weights(self) -> list[Load]:
+        """The bits of every tensor at its own type, as a function of what the groups keep."""
+        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        found = []
+        for path, tensor in tensors.items():
+            axes = [self._terms((ids,)) for ids in self.axes.origins.get(path, ()) if len(ids) > 1]
+            moving = [axis for axis in axes if any(groups for _, groups in axis)]
+            fixed = tensor.numel() * tensor.element_size() * 8 / math.prod(sum(n for n, _ in axis) for axis in moving)
+            found.append(Load(fixed, tuple(moving)))
+        return found
+
+    def macs(self, masks: Mapping[int, np.ndarray]) -> float:
+        """Multiply-adds per example without the channels of the masks."""
+        return self._sum(self.loads(), masks)
+
+    def bits(self, masks: Mapping[int, np.ndarray]) -> float:
+        """Bits of all tensors without the channels of the masks."""
+        return self._sum(self.weights(), masks)
+
+    def _sum(self, loads: Sequence[Load], masks: Mapping[int, np.ndarray]) -> float:
+        keep = [1.0] * len(self.groups)
+        for number, gone in masks.items():
+            keep[number] = 1 - float(gone.mean())
+        return sum(load.macs(keep) for load in loads)
+
+    def rows(self, node: int, before: np.ndarray, after: np.ndarray) -> Tensor:
+        """Which outputs (channels of a convolution, features of a linear layer) that a node still gives stay: positions."""
+        number = self.program.first_node + node
+        shape = self.axes.shapes[number]
+        axis = 1 if "conv" in self.program.nodes[node].op else len(shape) - 1
+        there, stays = (left(self.axes, self.axes.labels[number][axis], shape[axis], ids) for ids in (before, after))
+        return torch.as_tensor(np.flatnonzero(stays[there]))
+
+    def cut_program(self, going: np.ndarray) -> Program:
+        """The program without the channels of the mask, for a model whose attention was rescaled with them."""
+        return cut_program(self.program, self.axes, going, rescaled=True)
 
     def loads(self) -> list[Load]:
         """The multiply-adds of every product, as a function of what the groups keep."""
@@ -370,8 +414,12 @@ def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
     return stays
 
 
-def cut_program(program: Program, axes: Axes, going: np.ndarray) -> Program:
-    """The program with every number that is the size of an axis made to fit what stays of the axis."""
+def cut_program(program: Program, axes: Axes, going: np.ndarray, *, rescaled: bool = False) -> Program:
+    """The program with every number that is the size of an axis made to fit what stays of the axis.
+
+    Args:
+        rescaled: queries are scaled for the new size of the heads already (`Group.rescaled`).
+    """
     changes: dict[int, dict[tuple[str, int | None], int]] = {}
     for size in axes.sizes:
         new = int(left(axes, size.axis, size.size, going).sum())
@@ -391,7 +439,7 @@ def cut_program(program: Program, axes: Axes, going: np.ndarray) -> Program:
                 whole = list(bound[argument])
                 whole[place] = new
                 bound[argument] = whole
-        if node.op == "aten.scaled_dot_product_attention.default" and bound.get("scale") is None:
+        if not rescaled and node.op == "aten.scaled_dot_product_attention.default" and bound.get("scale") is None:
             bound["scale"] = axes.shapes[bound["query"].index][-1] ** -0.5
             changed = True
         if not changed:

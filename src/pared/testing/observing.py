@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pared import registry
+from pared.graph.channels import Channels
 from pared.place import place_everywhere
 from pared.record import Record, attach_
 from pared.site import Site, install_
@@ -36,19 +37,30 @@ class Solved:
     parts: nn.Module
 
 
+def graph_of(technique: Technique, name: str) -> Channels | None:
+    """The channels of a net, for a technique that acts on them."""
+    return _channels(name) if technique.kind == "channels" else None
+
+
+@cache
+def _channels(name: str) -> Channels:
+    trained = net(name)
+    return Channels(trained.copy(), (trained.inputs,))
+
+
 @lru_cache(maxsize=256)
 def solved(technique: Technique, name: str) -> tuple[Solved, ...]:
     """Everywhere the technique acts on a net, on a copy that stays as it was."""
     trained = net(name)
     model, statistics = trained.copy(), trained.statistics()
-    sites = [site for site in technique.sites(model) if not technique.refuse(site)]
+    sites = [site for site in technique.sites(model, graph_of(technique, name)) if not technique.refuse(site)]
     return tuple(Solved(site, *technique.solve(site, statistics)) for site in sites)
 
 
 def placed(technique: Technique, trained: Net) -> nn.Module:
     """A copy of the net with the technique at all its sites, in eval mode, ready to be saved."""
     model = trained.copy()
-    edits, _ = place_everywhere(model, technique, trained.statistics())
+    edits, _ = place_everywhere(model, technique, trained.statistics(), graph_of(technique, trained.name))
     attach_(model, Record(edits=edits, example=((trained.inputs,), {})))
     return model.eval()
 
