@@ -19,6 +19,8 @@ from pared.graph.program import CONSTANTS, Node, Program, leaves
 
 Label = list[Factors]
 """One entry per axis of a tensor."""
+PLACES = "its positions are places, not channels"
+"""Why the axes of kernels and images stay; nobody would ask."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Size:
         node: number of the node.
         argument, place: which argument; which of its numbers, if it is a list.
         axis, size: that axis and how long it is now.
-        per: the number is the size divided by the size of this other axis (repetitions).
         near: the module whose tensors were read last.
+        computed: the program computes the number from other sizes (of the batch).
     """
 
     node: int
@@ -47,7 +49,7 @@ class Size:
     axis: Factors
     size: int
     near: str
-    per: tuple[Factors, int] = ((), 1)
+    computed: bool = False
 
 
 @final
@@ -122,8 +124,8 @@ class Axes:
             first = call.axis("dim", len(call.shape("self"))) if name == "unflatten" else 0
             for place, number_or_ref in enumerate(call.bound[argument]):
                 axis = first + place
-                if found[axis] and type(number_or_ref) is int and number_or_ref == call.out[axis]:
-                    call.size(argument, place, found[axis], call.out[axis])
+                if isinstance(number_or_ref, Ref) or (type(number_or_ref) is int and number_or_ref == call.out[axis]):
+                    call.size(argument, place, found[axis], call.out[axis], isinstance(number_or_ref, Ref))
 
     def _freeze(self, label: Any, reason: str) -> None:
         for axis in label or ():
@@ -206,10 +208,10 @@ class Call:
         """Positions that are all alike, or made by the model's code: any of them may go."""
         return (self.ids.new(size),) if size > 1 else ()
 
-    def size(self, argument: str, place: int | None, axis: Factors, size: int, per: tuple[Factors, int] = ((), 1)) -> None:
+    def size(self, argument: str, place: int | None, axis: Factors, size: int, computed: bool = False) -> None:
         """Note that a number among the arguments is the size of an axis."""
-        if axis or per[0]:
-            self.axes.sizes.append(Size(self.node, argument, place, axis, size, self.near, per))
+        if axis:
+            self.axes.sizes.append(Size(self.node, argument, place, axis, size, self.near, computed))
 
     def work(self, axes: Sequence[tuple[Factors, int]]) -> None:
         fixed = math.prod(size for axis, size in axes if not axis) / self.axes.batch
@@ -296,7 +298,7 @@ def _convolution(call: Call) -> Label:
     shape, groups = call.shape("weight"), int(call.value("groups"))
     space = call.out[2:]
     for axis in (*x[2:], *weight[2:]):
-        call.keep(axis)
+        call.keep(axis, PLACES)
     if len(call.shape("input")) != len(shape):
         return _unknown(call)
     turned = call.name.startswith("conv_transpose") or bool(call.bound.get("transposed"))
@@ -435,7 +437,7 @@ def _spatial(call: Call) -> Any:
     x, rank = call.label(first), len(call.shape(first))
     n_lead = max(0, rank - int(call.name[-2])) if call.name[-1:] == "d" and call.name[-2:-1].isdigit() else 2
     for axis in x[n_lead:]:
-        call.keep(axis)
+        call.keep(axis, PLACES)
     label = [*x[:n_lead], *[()] * (rank - n_lead)]
     return label if isinstance(call.out, tuple) else [label for _ in call.out]
 

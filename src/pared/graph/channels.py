@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pared.cut import Coordinates, Cut, Group, Mend, Slice, sizes_of
-from pared.graph.axes import Axes
+from pared.graph.axes import PLACES, Axes, Size
 from pared.graph.ids import Factors
 from pared.graph.operators import Ref, find
 from pared.graph.program import Node, Program
+from pared.graph.provenance import Attribute, Combined, Extent, Origin, Provenance
 from pared.graph.trace import trace
 
 TOLERANCE = 1e-4
@@ -80,9 +81,13 @@ class Channels:
     ) -> None:
         self.model, self.args, self.kwargs, self.rewrite = model, args, dict(kwargs or {}), rewrite
         self.program = trace(model, args, self.kwargs)
-        self.axes = Axes(self.program, model, args, self.kwargs)
+        self.axes = Axes(self.program, _held(model, self.program), args, self.kwargs)
         self.trials = 0
         self._tied: set[str] = set()
+        self._kept: dict[Attribute, list[Factors]] = {}
+        self._read: set[Attribute] = set()
+        if not rewrite:
+            self._relate_sizes(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
         self._find()
         if not rewrite:
             self._settle()
@@ -119,6 +124,8 @@ class Channels:
         for (reason, raw, _), channels in members.items():
             places = [keys[k] for k in np.frombuffer(raw, pairs.dtype).tolist()]
             name = _name(places)
+            if reason == PLACES:
+                continue
             if reason is not None:
                 self.frozen.append(Frozen(name, len(channels), reason, tuple(dict.fromkeys(p for p, *_ in places))))
                 continue
@@ -187,14 +194,95 @@ class Channels:
             found.append(Load(work.constant, tuple(axes)))
         return found
 
-    # -- sizes that modules keep ----------------------------------------------------------------------------------------
+    # -- sizes in the code ------------------------------------------------------------------------------------------------
+
+    def _relate_sizes(self, provenance: Provenance) -> None:
+        """Numbers that the code takes from attributes and shapes: axes whose sizes come from one number are cut alike."""
+        told: dict[int, list[tuple[int, Origin]]] = {}
+        for node, numbers in provenance.numbers():
+            told.setdefault(node, numbers)
+            self._read |= {found for _, origin in numbers for found in _attributes(origin)}
+        relations: list[tuple[Factors, int, Combined | Extent]] = []
+        for size in self.axes.sizes:
+            origin = _origin_of(size, told.get(size.node, []))
+            if isinstance(origin, Attribute):
+                self._keeps(origin, size.axis)
+            elif isinstance(origin, Combined | Extent):
+                relations.append((size.axis, size.size, origin))
+        for axis, n, origin in relations:
+            if isinstance(origin, Extent):
+                self.axes.ids.same(axis, self._axis(origin) or (), "the code takes its size from that of what stays")
+        for axis, n, origin in relations:
+            if isinstance(origin, Combined):
+                self._relate(self.axes.ids.factors(*axis), n, origin)
+
+    def _keeps(self, attribute: Attribute, axis: Factors) -> None:
+        """The attribute is the size of the axis; axes whose sizes are one attribute are one."""
+        held = self._kept.setdefault(attribute, [])
+        if held:
+            self.axes.ids.same(held[0], axis, f"its size is also that of something else, {attribute.name} of {attribute.module}")
+        held.append(axis)
+
+    def _axis(self, origin: Origin) -> Factors | None:
+        """The axis whose size a number is; (): one that stays; None: not known."""
+        ids = self.axes.ids
+        if isinstance(origin, int):
+            return ()
+        if isinstance(origin, Extent):
+            label = self.axes.labels[origin.value]
+            label = label[origin.item] if label and origin.item is not None else label
+            return ids.factors(*label[origin.axis]) if label else ()
+        if isinstance(origin, Attribute):
+            return ids.factors(*self._kept[origin][0]) if origin in self._kept else None
+        left, right = self._axis(origin.left), self._axis(origin.right)
+        if left is None or right is None:
+            return None
+        a, b = origin.sizes
+        if origin.op == "mul":
+            return ids.join(left, a, right, b)
+        if not left or right:
+            return None
+        outer, inner = ids.split(left, b, a // b, _DIVIDED)
+        for array in outer:
+            ids.freeze(array, _DIVIDED)
+        return ids.factors(*inner)
+
+    def _relate(self, axis: Factors, n: int, origin: Combined) -> None:
+        """The axis, of n positions, is as long as two other sizes multiplied or divided."""
+        ids, (a, b) = self.axes.ids, origin.sizes
+        left, right = self._axis(origin.left), self._axis(origin.right)
+        if origin.op == "mul":
+            if (left is None or right is None) and a * b == n:
+                outer, inner = ids.split(axis, a, b, _DIVIDED)
+                for part, known, source in ((outer, left, origin.left), (inner, right, origin.right)):
+                    if known is None and isinstance(source, Attribute):
+                        self._keeps(source, part)
+            return
+        if a != b * n:
+            return
+        if right is None and left:
+            outer, inner = ids.split(left, b, n, _DIVIDED)
+            ids.same(inner, axis, _DIVIDED)
+            if isinstance(origin.right, Attribute):
+                self._keeps(origin.right, outer)
+            return
+        whole = ids.join(right or (), b, axis, n)
+        if left is None:
+            if isinstance(origin.left, Attribute):
+                self._keeps(origin.left, whole)
+        elif not _equal(left, whole) and not _equal(left, ids.join(axis, n, right or (), b)):
+            ids.same(left, whole, _DIVIDED)
 
     def _add_mends(self) -> None:
-        """Numbers in the modules that are the size of an axis, found by their value next to where the axis is read."""
+        """Attributes that are the size of an axis: those seen to be, and others by name and value next to where it is read."""
+        mends: dict[int, list[Mend]] = {}
+        for attribute, axes in self._kept.items():
+            if self.axes.ids.factors(*axes[0]):
+                self._mend(attribute, self._terms(axes[0]), mends)
         modules = dict(self.model.named_modules())
         facts: dict[str, dict[int, list[Factors]]] = {}
         for size in self.axes.sizes:
-            if size.per[0]:
+            if size.computed:
                 continue
             for owner in _around(size.near):
                 facts.setdefault(owner, {}).setdefault(size.size, []).append(size.axis)
@@ -203,30 +291,32 @@ class Channels:
                 if len(ids) > 1:
                     for owner in _around(path.rpartition(".")[0]):
                         facts.setdefault(owner, {}).setdefault(len(ids), []).append((ids,))
-        mends: dict[int, list[Mend]] = {}
         for path, by_size in facts.items():
             module = modules.get(path)
             if module is None:
                 continue
             follows = {name for name, _ in sizes_of(module)}
             for name, place, value in _numbers(module, follows):
-                axes = {self._terms(axis): axis for axis in by_size.get(value, ())}
-                axes = {terms: axis for terms, axis in axes.items() if any(groups for _, groups in terms)}
-                if len(axes) > 1:  # what is read in the module itself comes before what is read around it
+                attribute = Attribute(path, name, place)
+                if attribute in self._read or attribute in self._kept:
+                    continue
+                found = {self._terms(axis): axis for axis in by_size.get(value, ())}
+                found = {terms: axis for terms, axis in found.items() if any(groups for _, groups in terms)}
+                if len(found) > 1:  # what is read in the module itself comes before what is read around it
                     own = {self._terms((ids,)) for p, o in self.axes.origins.items() if p.startswith(f"{path}.") for ids in o}
-                    axes = {terms: axis for terms, axis in axes.items() if terms in own} or axes
-                if axes:
-                    self._mend(path, name, place, next(iter(axes)), mends)
-        for number, found in mends.items():
-            self.groups[number] = replace(self.groups[number], mends=tuple(dict.fromkeys(found)))
+                    found = {terms: axis for terms, axis in found.items() if terms in own} or found
+                if found:
+                    self._mend(attribute, next(iter(found)), mends)
+        for number, several in mends.items():
+            self.groups[number] = replace(self.groups[number], mends=tuple(dict.fromkeys(several)))
 
     def _mend(
-        self, path: str, name: str, place: int | None, terms: tuple[tuple[int, tuple[int, ...]], ...], mends: dict[int, list[Mend]]
+        self, attribute: Attribute, terms: tuple[tuple[int, tuple[int, ...]], ...], mends: dict[int, list[Mend]]
     ) -> None:
         for n, groups in terms:
             for group in groups:
                 per = None if len(terms) == 1 else n // self.groups[group].n
-                mends.setdefault(group, []).append(Mend(path, name, place, per))
+                mends.setdefault(group, []).append(Mend(attribute.module, attribute.name, attribute.place, per))
 
     # -- attention without an explicit scale -------------------------------------------------------------------------------
 
@@ -422,8 +512,9 @@ def cut_program(program: Program, axes: Axes, going: np.ndarray, *, rescaled: bo
     """
     changes: dict[int, dict[tuple[str, int | None], int]] = {}
     for size in axes.sizes:
-        new = int(left(axes, size.axis, size.size, going).sum())
-        changes.setdefault(size.node, {})[size.argument, size.place] = new
+        stays = left(axes, size.axis, size.size, going)
+        if not stays.all():
+            changes.setdefault(size.node, {})[size.argument, size.place] = -1 if size.computed else int(stays.sum())
     nodes = []
     for k, node in enumerate(program.nodes):
         operator = find(node.op)
@@ -492,6 +583,26 @@ def _name(places: list[tuple[str, int, np.ndarray, bool]]) -> str:
         if axis == 0 and path.endswith("weight"):
             return path.rpartition(".")[0]
     return places[0][0].rpartition(".")[0] or places[0][0]
+
+
+_DIVIDED = "the code divides by its size"
+
+
+def _equal(a: Factors, b: Factors) -> bool:
+    return len(a) == len(b) and all(any(np.array_equal(x, y) for y in b) for x in a)
+
+
+def _attributes(origin: Origin) -> set[Attribute]:
+    if isinstance(origin, Combined):
+        return _attributes(origin.left) | _attributes(origin.right)
+    return {origin} if isinstance(origin, Attribute) else set()
+
+
+def _origin_of(size: Size, numbers: list[tuple[int, Origin]]) -> Origin | None:
+    """Where a number of a node comes from, among the numbers that its call was given."""
+    if size.place is not None and size.place < len(numbers) and numbers[size.place][0] == size.size:
+        return numbers[size.place][1]
+    return next((origin for n, origin in numbers if n == size.size), None)
 
 
 def _around(path: str) -> list[str]:
