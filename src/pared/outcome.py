@@ -151,6 +151,8 @@ def _untouched(best: Trial, job: Job, search: Search) -> list[dict[str, Any]]:
 
 
 def _predicted_measured(best: Trial, job: Job, most: int = 48) -> list[dict[str, Any]]:
+    if best.way.graph is not None:  # what layers make up for is in the prediction, but not in a cut alone
+        return []
     chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:most]
     batches = list(job.task.calibration(64))
     references = damage.references(best.way.model, job.task, batches)

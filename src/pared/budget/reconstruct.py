@@ -26,7 +26,7 @@ def reconstruct_(
     original: nn.Module,
     program: Program,
     cut: Program,
-    kept: Callable[[int], Tensor],
+    kept: Callable[[int], Tensor | None],
     task: Task,
 ) -> int:
     """Refit the weights of every product of a cut model, in place; gives the number of layers that were refitted.
@@ -40,7 +40,7 @@ def reconstruct_(
 
     Args:
         program, cut: of the original and of the cut model, node by node the same.
-        kept: for the number of a node, which of the original's outputs it still gives.
+        kept: for the number of a node, which of the original's outputs it still gives; None: it is left as it is.
         task: calibration data.
     """
     batch = _whole_batch(task)
@@ -68,8 +68,8 @@ def reconstruct_(
         nonlocal n_refitted
         product, place = product_of(op, node, inputs), _count(counts, index)
         target = targets.pop((index, place), None)
-        if product is not None and target is not None and _may_be_refitted(product, target, inputs):
-            rows = kept(index)
+        rows = kept(index) if target is not None else None
+        if product is not None and target is not None and rows is not None and _may_be_refitted(product, target):
             n_refitted += _solve(product, _sample(product, index, place), target[0][:, rows], _bias(inputs))
         return run()
 
@@ -121,7 +121,7 @@ def _sample(product: Product, index: int, place: int) -> Tensor | None:
     return torch.randint(product.n_positions, (N_POSITIONS,), generator=generator)
 
 
-def _may_be_refitted(product: Product, target: Tensor, inputs: list[Any]) -> bool:
+def _may_be_refitted(product: Product, target: Tensor) -> bool:
     lineage = product.operand.lineage
     return lineage is not None and not lineage.views and target.shape[0] == 1
 

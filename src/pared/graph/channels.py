@@ -174,10 +174,13 @@ class Channels:
             keep[number] = 1 - float(gone.mean())
         return sum(load.macs(keep) for load in loads)
 
-    def rows(self, node: int, before: np.ndarray, after: np.ndarray) -> Tensor:
-        """Which outputs (channels of a convolution, features of a linear layer) that a node still gives stay: positions."""
+    def rows(self, node: int, before: np.ndarray, after: np.ndarray) -> Tensor | None:
+        """Which outputs (channels of a convolution, features of a linear layer) that a node still gives stay: positions.
+        None for a node that gives several tensors."""
         number = self.program.first_node + node
         shape = self.axes.shapes[number]
+        if not isinstance(shape, tuple):
+            return None
         axis = 1 if "conv" in self.program.nodes[node].op else len(shape) - 1
         there, stays = (left(self.axes, self.axes.labels[number][axis], shape[axis], ids) for ids in (before, after))
         return torch.as_tensor(np.flatnonzero(stays[there]))

@@ -53,18 +53,22 @@ class Channels(Technique):
     corrects: ClassVar = True
     paper: ClassVar = "arXiv:2301.12900"
     structure_type: ClassVar = CutStructure
-    ladder: ClassVar = ({"keep": 0.95}, {"keep": 0.6}, {"keep": 0.3})
+    ladder: ClassVar = ({"keep": 0.9}, {"keep": 0.6}, {"keep": 0.3})
 
     keep: float = Field(default=0.5, gt=0, lt=1, description="share of the channels of a group that stay")
     importance: Importance = Field(default="curvature", description="what says which channels go first")
     round_to: int = Field(default=1, ge=1, le=256, description="channels that stay are a multiple of this, where there are as many")
-    protect: str = Field(default="", description="layers whose channels stay: patterns such as layer4.*, with spaces between")
+    protect: str = Field(
+        default="",
+        pattern=r"^([\w.*?\[\]!-]+(,[\w.*?\[\]!-]+)*)?$",
+        description="layers whose channels stay: patterns such as layer4.*, with commas between",
+    )
     heads: bool = Field(default=False, description="of attention, remove whole heads instead of the same slots of every head")
 
     def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:
         found = list(super().sites(model, graph))
         names = [name for name, _ in model.named_modules() if name]
-        for pattern in self.protect.split():
+        for pattern in filter(None, self.protect.split(",")):
             if found and not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
                 raise RecipeError(f"prune.channels.protect: no layer is called {pattern}; near it are {', '.join(near)}")
@@ -76,7 +80,7 @@ class Channels(Technique):
     def refuse(self, site: Site) -> str | None:
         group = cast(Group, site.group)
         owners = {piece.path.rpartition(".")[0] for piece in group.slices}
-        for pattern in self.protect.split():
+        for pattern in filter(None, self.protect.split(",")):
             if hit := fnmatch.filter(owners, pattern):
                 return f"{hit[0]} is protected by the pattern {pattern}"
         if self._stays(group) >= group.n:
