@@ -92,7 +92,7 @@ def apply(
 
 def reads_curvature(technique: Technique) -> bool:
     links = getattr(technique, "techniques", (technique,))
-    return any(Curvature in link.reads for link in links)
+    return any(link.wants(Curvature) for link in links)
 
 
 def prepared(model: nn.Module) -> tuple[nn.Module, list[Edit]]:

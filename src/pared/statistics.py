@@ -168,6 +168,10 @@ class Statistics:
         """Add what the tensors inside new parts see."""
         self._curvatures.update(curvatures)
 
+    def respond(self, responses: dict[str, Responses]) -> None:
+        """Add how groups of channels respond."""
+        self._responses.update(responses)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._curvatures)
 

@@ -97,6 +97,10 @@ class Technique(Settings):
         fields = {k: v for k, v in self.model_dump().items() if k in changed or (k == first and v is not None)}
         return f"{self.name}({', '.join(f'{key}={value}' for key, value in fields.items())})"
 
+    def wants(self, statistic: type) -> bool:
+        """Whether it reads such statistics with the settings that it has."""
+        return statistic in self.reads
+
     # -- it replaces ---------------------------------------------------------------------------------------------------
 
     def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:

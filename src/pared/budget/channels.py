@@ -14,12 +14,13 @@ from torch import nn
 from pared.budget.damage import measure, references
 from pared.budget.options import N_MEASURED
 from pared.budget.reconstruct import reconstruct_
+from pared.budget.responses import responses
 from pared.cut import Coordinates, CutStructure
 from pared.errors import BudgetError, InputError
 from pared.graph.channels import Channels, Load
 from pared.place import Refusal, bytes_of, everywhere, place
 from pared.site import Site, duplicate
-from pared.statistics import Statistics
+from pared.statistics import Responses, Statistics
 from pared.task import Task
 from pared.technique import Edit, Option, Technique
 
@@ -41,6 +42,7 @@ def channel_options(
     refusals = list(refused(model, techniques, graph))
     known = {(refusal.path, refusal.technique) for refusal in refusals}
     pairs = [(technique, site) for technique in techniques for site in technique.sites(model, graph)]
+    statistics = with_responses(statistics, techniques, graph, task)
     data: tuple[list[Any], list[Any]] | None = None
     for done, (technique, site) in enumerate(pairs, 1):
         if reason := technique.refuse(site):
@@ -60,6 +62,17 @@ def channel_options(
         if progress is not None:
             progress({"doing": "options", "done": done, "total": len(pairs)})
     return found, refusals
+
+
+def with_responses(
+    statistics: Statistics, techniques: Sequence[Technique], graph: Channels, task: Task | None
+) -> Statistics:
+    """The statistics with what the techniques' importance measures need of the channels."""
+    if task is None or not any(technique.wants(Responses) for technique in techniques):
+        return statistics
+    grown = statistics.copy()
+    grown.respond(responses(graph, task))
+    return grown
 
 
 def refused(model: nn.Module, techniques: Sequence[Technique], graph: Channels) -> Iterator[Refusal]:
@@ -135,6 +148,7 @@ def cut_by_hand_(
         raise InputError(f"{technique.name} follows channels along an example call, but there is none; give apply a task")
     original = duplicate(model).eval()
     graph = Channels(original, *example)
+    statistics = with_responses(statistics, [technique], graph, task)
     chosen, refusals = everywhere(original, technique, statistics, graph)
     if not chosen:
         reasons = [f"{each.path}: {each.reason}" for each in (*refusals, *refused(original, [technique], graph))]

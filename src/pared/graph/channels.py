@@ -174,6 +174,18 @@ class Channels:
             keep[number] = 1 - float(gone.mean())
         return sum(load.macs(keep) for load in loads)
 
+    def places(self, value: int) -> list[tuple[int, int, np.ndarray]]:
+        """Where groups lie in a value of the program: axis, number of the group, channel at every position (or -1)."""
+        found = []
+        for axis, label in enumerate(self.axes.labels[value] or ()):
+            for array in self.axes.ids.factors(*label) if isinstance(label, tuple) and axis else ():
+                numbers = np.array([self._number.get(root, -1) for root in array.tolist()])
+                for number in np.unique(numbers[numbers >= 0]).tolist():
+                    order = {root: channel for channel, root in enumerate(self._members[number].tolist())}
+                    channels = np.array([order.get(root, -1) for root in array.tolist()])
+                    found.append((axis, number, channels))
+        return found
+
     def rows(self, node: int, before: np.ndarray, after: np.ndarray) -> Tensor | None:
         """Which outputs (channels of a convolution, features of a linear layer) that a node still gives stay: positions.
         None for a node that gives several tensors."""

@@ -13,12 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pared.cut import Coordinates, CutStructure, Group, Slice
-from pared.errors import RecipeError
+from pared.errors import InputError, RecipeError
 from pared.site import Site
 from pared.statistics import Curvature, Kronecker, Responses, Statistics
 from pared.technique import Cost, Groups, Technique, value_at
 
 Importance = Literal["curvature", "taylor", "fisher", "apoz", "l1", "l2", "batch_norm", "geometric_median", "random"]
+
+_OF_RESPONSES = ("taylor", "fisher", "apoz")
 
 
 class Channels(Technique):
@@ -64,6 +66,9 @@ class Channels(Technique):
         description="layers whose channels stay: patterns such as layer4.*, with commas between",
     )
     heads: bool = Field(default=False, description="of attention, remove whole heads instead of the same slots of every head")
+
+    def wants(self, statistic: type) -> bool:
+        return statistic is not Responses or self.importance in _OF_RESPONSES
 
     def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:
         found = list(super().sites(model, graph))
@@ -128,9 +133,11 @@ class Channels(Technique):
     def _order(self, site: Site, group: Group, statistics: Statistics) -> np.ndarray:
         """Channels, the least important first."""
         responses = statistics.responses(group.name)
+        if self.importance in _OF_RESPONSES and responses is None:
+            raise InputError(f"importance {self.importance} is observed on data, but there was none; give a task, or use l2")
         if self.importance == "random":
             return np.random.default_rng(group.n).permutation(group.n)
-        if self.importance in ("taylor", "fisher", "apoz") and responses is not None:
+        if responses is not None and self.importance in _OF_RESPONSES:
             return np.argsort(getattr(responses, self.importance), kind="stable")
         if self.importance == "curvature" and (uses := _uses(site, group, statistics)):
             return np.argsort(sum(use.scores() for use in uses), kind="stable")
