@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pared.cut import Coordinates, Cut, Group, Mend, Slice, sizes_of
+from pared.errors import ParedError
 from pared.graph.axes import PLACES, Axes, Size
 from pared.graph.ids import Factors
 from pared.graph.operators import Ref, find
-from pared.graph.program import Node, Program
+from pared.graph.program import Node, Program, map_leaves
 from pared.graph.provenance import Attribute, Combined, Extent, Origin, Provenance
 from pared.graph.trace import trace
 
@@ -333,18 +334,20 @@ class Channels:
     def _settle(self) -> None:
         """Cut a copy everywhere and run it; where its code does not follow, keep that neighbourhood whole."""
         while self.groups and self.trials < MAX_TRIALS:
-            self.trials += 1
             failure = self._trial(range(len(self.groups)))
             if failure is None:
                 return
-            self._yield(*failure)
-        if self.groups:
-            for number in range(len(self.groups)):
-                self._freeze_group(number, "the model did not run with its channels removed")
+            path, said = failure
+            if path is None or not self._yield(path, said):
+                self._keep_whole(self._culprits(), f"the code does not follow its removal ({said})")
             self._find()
+        for number in range(len(self.groups)):
+            self._freeze_group(number, "the model did not run with its channels removed")
+        self._find()
 
-    def _trial(self, numbers: Iterable[int]) -> tuple[str, str] | None:
-        """None, or the module that failed and what it said."""
+    def _trial(self, numbers: Iterable[int]) -> tuple[str | None, str] | None:
+        """None, or the module that failed (None: another than can be told) and what it said."""
+        self.trials += 1
         masks = {number: _half(self.groups[number].n) for number in numbers}
         twin, plain = copy.deepcopy(self.model), copy.deepcopy(self.model)
         self.cut_(twin, masks)
@@ -358,36 +361,58 @@ class Channels:
             with torch.no_grad():
                 got = twin(*_clones(self.args), **_clones(self.kwargs))
         except Exception as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            return stack[-1] if stack else "", said[0][:200]
+            return stack[-1] if stack else "", _first_line(error)
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
-            program = cut_program(self.program, self.axes, self.going(masks))
-            expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
+        try:
+            with torch.no_grad():
+                program = cut_program(self.program, self.axes, self.going(masks))
+                expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
+        except ParedError as error:
+            return None, _first_line(error)
         distance = difference(got, expected)
-        return None if distance <= TOLERANCE else ("", f"its outputs were off by {distance:.2g}")
+        return None if distance <= TOLERANCE else (None, f"its outputs were off by {distance:.2g}")
 
-    def _yield(self, path: str, said: str) -> None:
-        """What the failing module, and all of its class, shall not be asked again."""
+    def _culprits(self) -> list[int]:
+        """Few groups that the model does not follow when they alone are cut."""
+        suspects = list(range(len(self.groups)))
+        while len(suspects) > 1 and self.trials < MAX_TRIALS:
+            half = len(suspects) // 2
+            for part in (suspects[:half], suspects[half:]):
+                if self._trial(part) is not None:
+                    suspects = part
+                    break
+            else:
+                break  # only together
+        return suspects
+
+    def _keep_whole(self, numbers: list[int], reason: str) -> None:
+        """These groups stay, and those of the same layer in modules of the same class."""
+        kinds = {self._kind(n) for n in numbers}
+        for number in range(len(self.groups)):
+            if number in numbers or self._kind(number) in kinds:
+                self._freeze_group(number, reason)
+
+    def _kind(self, number: int) -> tuple[type, str]:
+        owner, _, layer = self.groups[number].name.rpartition(".")
+        return type(self.model.get_submodule(owner)), layer
+
+    def _yield(self, path: str, said: str) -> bool:
+        """What the failing module, and all of its class, shall not be asked again. False: it has none of the groups."""
         modules = dict(self.model.named_modules())
         while path and not any(True for _ in modules[path].children()):
             path = path.rpartition(".")[0]
         alike = [p for p, m in modules.items() if type(m) is type(modules[path])] if path else [""]
         if self._tie(alike):
-            self._find()
-            return
+            return True
         reason = f"the code of {type(modules[path]).__name__} computes sizes for itself ({said})"
-        inside = [self._groups_in(p) for p in alike]
-        if not any(inside):
-            parent = path.rpartition(".")[0]
-            inside = [self._groups_in(parent)] if parent != path else []
+        inside = [self._groups_in(p) for p in alike] if path else []
         numbers = {n for found in inside for n in found}
         slots = {n for n in numbers if not self.groups[n].whole and any(self.groups[m].whole for m in numbers)}
-        for number in slots or numbers or set(range(len(self.groups))):
+        for number in slots or numbers:
             self._freeze_group(number, reason)
-        self._find()
+        return bool(numbers)
 
     def _groups_in(self, path: str) -> set[int]:
         prefix = f"{path}." if path else ""
@@ -462,39 +487,47 @@ def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
 
 def cut_program(program: Program, axes: Axes, going: np.ndarray) -> Program:
     """The program with every number that is the size of an axis made to fit what stays of the axis."""
-    changes: dict[int, dict[tuple[str, int | None], int]] = {}
+    changes: dict[int, list[tuple[Size, int]]] = {}
     for size in axes.sizes:
-        stays = left(axes, size.axis, size.size, going)
-        if not stays.all():
-            changes.setdefault(size.node, {})[size.argument, size.place] = -1 if size.computed else int(stays.sum())
-    nodes = []
+        stays = int(left(axes, size.axis, size.size, going).sum())
+        if stays < size.size:
+            changes.setdefault(size.node, []).append((size, stays))
+    nodes: list[Node] = []
+    moved = list(range(program.first_node))
+
+    def add(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ref:
+        nodes.append(Node(op, args, kwargs))
+        return Ref(program.first_node + len(nodes) - 1)
+
+    def there(leaf: Any) -> Any:
+        return Ref(moved[leaf.index]) if isinstance(leaf, Ref) else leaf
+
     for k, node in enumerate(program.nodes):
+        args, kwargs = map_leaves(there, node.args), map_leaves(there, dict(node.kwargs))
         operator = find(node.op)
-        if operator is None:
-            nodes.append(node)
-            continue
-        bound = dict(operator.bind(node.args, node.kwargs))
-        changed = k in changes
-        for (argument, place), new in changes.get(k, {}).items():
-            if place is None:
-                bound[argument] = new
-            else:
-                whole = list(bound[argument])
-                whole[place] = new
-                bound[argument] = whole
-        if node.op == "aten.scaled_dot_product_attention.default" and bound.get("scale") is None:
-            bound["scale"] = axes.shapes[bound["query"].index][-1] ** -0.5
-            changed = True
-        if not changed:
-            nodes.append(node)
-            continue
-        names = [a.name for a in operator.arguments if not a.keyword_only]
-        args, kwargs = operator.trim(
-            [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
-        )
-        nodes.append(Node(node.op, args, kwargs))
+        implied = node.op == "aten.scaled_dot_product_attention.default" and node.arguments().get("scale") is None
+        if operator is not None and (k in changes or implied):
+            bound = dict(operator.bind(args, kwargs))
+            for size, stays in changes.get(k, ()):
+                whole = None if size.place is None else list(bound[size.argument])
+                new: Any = stays
+                if size.computed:
+                    number = bound[size.argument] if whole is None else whole[size.place or 0]
+                    new = add("operator.floordiv", (add("operator.mul", (number, stays), {}), size.size), {})
+                if whole is None:
+                    bound[size.argument] = new
+                else:
+                    whole[size.place or 0] = new
+                    bound[size.argument] = whole
+            if implied:
+                bound["scale"] = axes.shapes[node.arguments()["query"].index][-1] ** -0.5
+            names = [a.name for a in operator.arguments if not a.keyword_only]
+            args, kwargs = operator.trim(
+                [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
+            )
+        moved.append(add(node.op, args, kwargs).index)
     return Program(
-        program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), program.outputs,
+        program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), map_leaves(there, program.outputs),
         program.constants, program.static_reason,
     )  # fmt: skip
 
@@ -523,6 +556,10 @@ def _tree(outputs: Any) -> Any:
 
 def _clones(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _half(n: int) -> np.ndarray:
@@ -554,7 +591,9 @@ def _origin_of(size: Size, numbers: list[tuple[int, Origin]]) -> Origin | None:
     """Where a number of a node comes from, among the numbers that its call was given."""
     if size.place is not None and size.place < len(numbers) and numbers[size.place][0] == size.size:
         return numbers[size.place][1]
-    return next((origin for n, origin in numbers if n == size.size), None)
+    equal = [origin for n, origin in numbers if n == size.size]
+    named = [origin for origin in equal if isinstance(origin, Attribute) and origin.name == size.argument]
+    return next(iter(named or equal), None)
 
 
 def _around(path: str) -> list[str]:
