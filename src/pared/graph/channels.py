@@ -115,6 +115,7 @@ class Channels:
         self._number: dict[int, int] = {}
         self._members: list[np.ndarray] = []
         names: dict[str, int] = {}
+        used = {r for work in self.axes.works for axis in work.axes for a in ids.factors(*axis) for r in np.unique(a).tolist()}
         for (reason, raw, _), channels in members.items():
             places = [keys[k] for k in np.frombuffer(raw, pairs.dtype).tolist()]
             name = _name(places)
@@ -124,6 +125,9 @@ class Channels:
                 self.frozen.append(Frozen(name, len(channels), reason, tuple(dict.fromkeys(p for p, *_ in places))))
                 continue
             if len(channels) < 2:
+                continue
+            if not used.intersection(channels):
+                self.frozen.append(Frozen(name, len(channels), "no product gets cheaper without it", tuple(p for p, *_ in places)))
                 continue
             names[name] = names.get(name, 0) + 1
             number = np.full(ids.n + 1, -1)
