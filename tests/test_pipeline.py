@@ -98,6 +98,15 @@ def test_a_drop_alone_asks_for_the_smallest_file_within_it(net, task):
     assert accepted[0]["drop_pp"] <= 0.0
 
 
+def test_a_drop_is_accepted_with_a_margin_that_the_report_states(net, task):
+    result = pared.compress(net, task, RECIPE, max_drop=1.0, train=False)
+    stated = result.data["acceptance"]
+    assert 0 < stated["margin"] == min(stated["standard_error"], 0.5)
+    assert stated["drop"] + stated["margin"] <= 1.0 + 1e-9
+    few = [line for line in result.data["warnings"] if "are few for an accepted drop of 1 pp" in line]
+    assert bool(few) == (stated["standard_error"] > 0.5)
+
+
 def test_training_wins_back_what_a_hard_budget_costs(net, task):
     plain = pared.compress(net, task, RECIPE, size="25x", train=False)
     trained = pared.compress(net, task, RECIPE, size="25x", train=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +69,21 @@ class Group:
     whole: bool = False
     rescaled: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
 
+    def gone(self, structure: CutStructure) -> np.ndarray:
+        """Which channels a structure removes, in the coordinates of this group: a mask of n."""
+        found = np.zeros(self.n, bool)
+        places = {(piece.path, piece.axis): piece.channel for piece in self.slices}
+        for marks, keys in structure.removed:
+            for path, axis in keys:
+                channels = places[path, axis][positions_of(marks)]
+                found[channels[channels >= 0]] = True
+        return found
+
 
 class CutStructure(Structure):
     """What goes: positions with the tensors and axes from which they go; and the sizes that follow.
+
+    Positions are marked by bits, the lowest first, as base64.
 
     Args:
         removed: [positions, [[path, axis], ...]] in the coordinates of the tensors before the cut.
@@ -78,9 +91,29 @@ class CutStructure(Structure):
         scales: [path, axis, positions before the cut, factor].
     """
 
-    removed: tuple[tuple[tuple[int, ...], tuple[tuple[str, int], ...]], ...] = ()
+    removed: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     sizes: tuple[tuple[str, str, int | tuple[int, ...]], ...] = ()
-    scales: tuple[tuple[str, int, tuple[int, ...], float], ...] = ()
+    scales: tuple[tuple[str, int, str, float], ...] = ()
+
+
+def marks_of(positions: np.ndarray) -> str:
+    """Ascending positions as text."""
+    bits = np.zeros(int(positions[-1]) + 1 if len(positions) else 0, bool)
+    bits[positions] = True
+    return base64.b64encode(np.packbits(bits, bitorder="little").tobytes()).decode()
+
+
+def positions_of(marks: str) -> np.ndarray:
+    """The inverse of `marks_of`.
+
+    Raises:
+        InputError: the text is none that it gives.
+    """
+    try:
+        data = base64.b64decode(marks, validate=True)
+    except ValueError as error:
+        raise InputError(f"positions must be bits in base64, got {marks[:40]!r}; the file is damaged") from error
+    return np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little"))
 
 
 class Cut(nn.Module):
@@ -99,36 +132,39 @@ class Coordinates:
 
     def __init__(self) -> None:
         self._left: dict[tuple[str, int], np.ndarray] = {}
+        self._gone: dict[str, np.ndarray] = {}
 
     def structure(self, group: Group, gone: np.ndarray, model: nn.Module) -> CutStructure:
         """What removing these channels (a mask over the group's) means for the model as it is now."""
-        positions: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+        positions: dict[str, list[tuple[str, int]]] = {}
         for piece in group.slices:
             key = piece.path, piece.axis
             left = self._left.setdefault(key, np.arange(len(piece.channel)))
             channel = piece.channel[left]
             going = (channel >= 0) & gone[channel]
             if going.any():
-                positions.setdefault(tuple(np.flatnonzero(going).tolist()), []).append(key)
-        n_gone = int(gone.sum())
+                positions.setdefault(marks_of(np.flatnonzero(going)), []).append(key)
+        first = self._gone.setdefault(group.name, np.zeros(group.n, bool))
+        n_before, n_gone = group.n - int(first.sum()), int((gone & ~first).sum())
+        self._gone[group.name] = first | gone
         sizes: dict[tuple[str, str], Any] = {}
         for mend in group.mends:
             owner = model.get_submodule(mend.module)
             value = sizes.get((mend.module, mend.attribute), getattr(owner, mend.attribute))
             old = value if mend.place is None else value[mend.place]
-            new = old * (group.n - n_gone) // group.n if mend.per_channel is None else old - mend.per_channel * n_gone
+            new = old * (n_before - n_gone) // n_before if mend.per_channel is None else old - mend.per_channel * n_gone
             whole = new if mend.place is None else (*value[: mend.place], new, *value[mend.place + 1 :])
             sizes[mend.module, mend.attribute] = whole
-        factor = ((group.n - n_gone) / group.n) ** 0.5
+        factor = ((n_before - n_gone) / n_before) ** 0.5
         scales = []
         for path, axis, rows in group.rescaled:
             now = np.flatnonzero(np.isin(self._left[path, axis], rows))
-            scales.append((path, axis, tuple(now.tolist()), factor))
-        for where, keys in positions.items():
+            scales.append((path, axis, marks_of(now), factor))
+        for marks, keys in positions.items():
             for key in keys:
-                self._left[key] = np.delete(self._left[key], where)
+                self._left[key] = np.delete(self._left[key], positions_of(marks))
         return CutStructure(
-            removed=tuple((where, tuple(keys)) for where, keys in positions.items()),
+            removed=tuple((marks, tuple(keys)) for marks, keys in positions.items()),
             sizes=tuple((module, name, value) for (module, name), value in sizes.items()),
             scales=tuple(scales),
         )
@@ -143,16 +179,18 @@ def cut_(root: nn.Module, structure: CutStructure) -> Callable[[], None]:
     undo: list[Callable[[], None]] = []
     changed: set[str] = set()
     owners = _owners(root)
-    for path, axis, positions, factor in structure.scales:
+    for path, axis, marks, factor in structure.scales:
         value = _plain(root, path).detach().clone()
-        value.narrow(axis, 0, value.shape[axis])[_rows(axis, positions)] *= factor
+        rows = torch.as_tensor(_checked(positions_of(marks), value, axis, path), device=value.device)
+        value.index_copy_(axis, rows, value.index_select(axis, rows) * factor)
         _replace_(root, path, value, owners, undo)
-    for positions, keys in structure.removed:
+    for marks, keys in structure.removed:
         for path, axis in keys:
             value = _plain(root, path)
-            if axis >= value.ndim or positions[-1] >= value.shape[axis] or len(positions) >= value.shape[axis]:
-                raise InputError(f"{path} must have more than {positions[-1]} positions on axis {axis}, got {tuple(value.shape)}")
+            positions = _checked(positions_of(marks), value, axis, path)
             stays = np.delete(np.arange(value.shape[axis]), positions)
+            if not len(stays):
+                raise InputError(f"a channel at least must stay on axis {axis} of {path}; all would be removed")
             index = torch.as_tensor(stays, device=value.device)
             _replace_(root, path, value.detach().index_select(axis, index), owners, undo)
             changed.update(owner for owner, _ in owners[path])
@@ -170,8 +208,10 @@ def cut_(root: nn.Module, structure: CutStructure) -> Callable[[], None]:
     return take_back
 
 
-def _rows(axis: int, positions: tuple[int, ...]) -> tuple[Any, ...]:
-    return (*[slice(None)] * axis, list(positions))
+def _checked(positions: np.ndarray, value: Tensor, axis: int, path: str) -> np.ndarray:
+    if not 0 <= axis < value.ndim or not len(positions) or positions[-1] >= value.shape[axis] or len(positions) > value.shape[axis]:
+        raise InputError(f"channels cannot be removed from axis {axis} of {path}, whose shape is {tuple(value.shape)}")
+    return positions
 
 
 def _owners(root: nn.Module) -> dict[str, list[tuple[str, str]]]:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from pared import registry
+from pared.cut import Coordinates, Cut, CutStructure
 from pared.errors import InputError
 from pared.record import Record, attach_, record_of
 from pared.site import Decoded, Site, duplicate, install_, plain
 from pared.statistics import Curvature, Statistics
 from pared.task import Task
-from pared.technique import Edit, Option, StraightThrough, Structure, Technique, build
+from pared.technique import Cost, Edit, Option, StraightThrough, Structure, Technique, build
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -59,12 +60,20 @@ def apply(
     earlier = record_of(model)
     twin, edits = prepared(model)
     edits = [*(earlier.edits if earlier else ()), *edits]
+    from pared.budget.calibrate import gather
+
     statistics = Statistics()
     if task is not None and any(reads_curvature(item) for item in techniques):
-        from pared.budget.calibrate import gather
-
         statistics = gather(plain(twin), task)
     for item in techniques:
+        if item.kind == "channels":
+            from pared.budget.channels import cut_by_hand_
+
+            call = task.example(twin) if task is not None else earlier.example if earlier else None
+            edits += cut_by_hand_(twin, item, statistics, call, task)
+            if task is not None and statistics:
+                statistics = gather(plain(twin), task)  # of other shapes now
+            continue
         if item.kind is None:
             rewritten = item.prepare(twin, None, statistics)
             if rewritten is None:
@@ -94,9 +103,16 @@ def prepared(model: nn.Module) -> tuple[nn.Module, list[Edit]]:
 
 
 def place_everywhere(
-    model: nn.Module, technique: Technique, statistics: Statistics
+    model: nn.Module, technique: Technique, statistics: Statistics, graph: Any = None
 ) -> tuple[list[Edit], list[Refusal]]:
-    """Solve and install the technique at all its sites, in place; statistics grow by what the new parts see."""
+    """Solve and install the technique at all its sites, in place; statistics grow by what the new parts see.
+
+    Args:
+        graph: of the model's channels, for techniques that act on them.
+    """
+    if technique.kind == "channels":
+        chosen, refusals = everywhere(model, technique, statistics, graph)
+        return place(model, chosen, statistics), refusals
     edits, refusals = [], []
     for site in list(technique.sites(model)):
         if reason := technique.refuse(site):
@@ -108,12 +124,36 @@ def place_everywhere(
     return edits, refusals
 
 
-def place(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> list[Edit]:
-    """Build, fit and install chosen options on a model of the same structure, in place; returns the edits in order."""
+def everywhere(
+    model: nn.Module, technique: Technique, statistics: Statistics, graph: Any = None
+) -> tuple[list[Option], list[Refusal]]:
+    """The technique at all its sites, each decided as if it were the only one; costs and damage are not asked for."""
+    chosen, refusals = [], []
+    for site in technique.sites(model, graph):
+        if reason := technique.refuse(site):
+            refusals.append(Refusal(site.path, technique.name, reason, bytes_of(site)))
+        else:
+            chosen.append(Option(site, technique, Cost(), 0.0, technique.solve(site, statistics)[0]))
+    return chosen, refusals
+
+
+def place(
+    model: nn.Module, options: Iterable[Option], statistics: Statistics, coordinates: Coordinates | None = None
+) -> list[Edit]:
+    """Build, fit and install chosen options on a model of the same structure, in place; returns the edits in order.
+
+    Args:
+        coordinates: what earlier calls have left of the axes that channels are removed from.
+    """
     edits = []
+    coordinates = coordinates or Coordinates()
     for option in in_order(options):
-        site, technique = _on(model, option), _technique(option)
-        edits.append(_fill(site, technique, option.structure, statistics))
+        site, technique, structure = _on(model, option), _technique(option), option.structure
+        if site.group is not None and isinstance(structure, CutStructure):  # others were cut since it was decided
+            structure = coordinates.structure(site.group, site.group.gone(structure), model)
+            if not structure.removed:
+                continue
+        edits.append(_fill(site, technique, structure, statistics))
     return edits
 
 
@@ -157,9 +197,9 @@ def place_buffers_(model: nn.Module, options: Iterable[Option], statistics: Stat
 
 
 def in_order(options: Iterable[Option]) -> list[Option]:
-    """Modules first: what is in them (a bias) may be coded afterwards under the same path."""
+    """Channels first, then modules: what is in them (a bias) may be coded afterwards under the same path."""
     chosen = [option for option in options if option.technique is not None]
-    return sorted(chosen, key=lambda option: option.site.kind != "module")
+    return sorted(chosen, key=lambda option: ("channels", "module", "tensor").index(option.site.kind))
 
 
 def check_finite(model: nn.Module) -> None:
@@ -186,6 +226,9 @@ def _fill(site: Site, technique: Technique, structure: Structure, statistics: St
 
 
 def _put(site: Site, technique: Technique, parts: nn.Module, statistics: Statistics) -> None:
+    if isinstance(parts, Cut):
+        install_(site, parts)
+        return
     inner = technique.inner(site, parts, statistics)
     install_(site, parts)
     inside = f"{site.path}." if site.kind == "module" else _inside(site)

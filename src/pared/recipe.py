@@ -31,6 +31,7 @@ class Training(Settings):
     )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: chosen by the loop")
     anneal_until: float = Field(0.6, gt=0, le=1, description="share of the epochs after which schedules are at their end")
+    rounds: int = Field(1, ge=1, le=100, description="of channels: cut a little and recover, so many times, on a cubic schedule")
     hard: bool = Field(False, description="add the task's own loss to the losses named in `with`")
 
 
@@ -45,6 +46,11 @@ class Step:
     @property
     def replaces(self) -> bool:
         return any(technique.kind is not None for technique in self.candidates)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it removes channels."""
+        return any(technique.kind == "channels" for technique in self.candidates)
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,10 @@ def check_order(recipe: Recipe, where: str = "recipe") -> None:
     coded: tuple[str, int] | None = None
     for number, step in enumerate(recipe.steps, 1):
         for technique in step.candidates:
-            if technique.kind == "module" and coded is not None:
+            if technique.kind in ("module", "channels") and coded is not None:
+                what = "modules" if technique.kind == "module" else "channels"
                 raise RecipeError(
-                    f"{technique.name} changes modules and must come before {coded[0]}, which codes tensors, but it is "
+                    f"{technique.name} changes {what} and must come before {coded[0]}, which codes tensors, but it is "
                     f"step {number} and {coded[0]} is step {coded[1]} ({where}); swap the steps"
                 )
         tensors = [technique.name for technique in step.candidates if technique.kind == "tensor"]
@@ -144,6 +151,8 @@ def _step(step: Any, where: str) -> Step:
     kinds = {technique.kind is None for technique in candidates}
     if len(kinds) > 1:
         raise RecipeError(f"the candidates of a step must all replace something, or none of them ({where}); split the step")
+    if len({technique.kind == "channels" for technique in candidates}) > 1:
+        raise RecipeError(f"the candidates of a step must all remove channels, or none of them ({where}); split the step")
     training, losses = _training(step["train"], where) if "train" in step else (None, ())
     return Step(tuple(candidates), training, losses)
 

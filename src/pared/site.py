@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pared.cut import Cut, Group
 from pared.errors import InputError
 
 
@@ -19,25 +20,27 @@ class Site:
     """One place that a technique may replace.
 
     A tensor site is a storage together with all its owners, so tied weights stay tied; a module site is a module
-    together with all the paths at which it is found.
+    together with all the paths at which it is found; a channels site is a group of channels that lie in many tensors.
 
     Args:
         root: the module in which the paths are looked up.
         paths: dotted paths from `root`, the first one in traversal order is the site's name.
-        kind: "tensor" (a parameter or a persistent buffer) or "module".
+        kind: "tensor" (a parameter or a persistent buffer), "module" or "channels".
         covers: first path of every tensor whose value the site replaces; sites that cover a common tensor exclude
             each other.
         positions: at how many positions (pixels, time steps) per example the weight is applied; 0 if unknown.
             MACs of a dense weight = positions * numel.
         relaxed: the trainable stand-in that trained this site, if there was one.
+        group: of a channels site; None where the site comes from a file.
     """
 
     root: nn.Module
     paths: tuple[str, ...]
-    kind: Literal["tensor", "module"]
+    kind: Literal["tensor", "module", "channels"]
     covers: tuple[str, ...]
     positions: float = 0.0
     relaxed: nn.Module | None = field(default=None, repr=False)
+    group: Group | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module, name: str | None = None) -> Site:
@@ -67,6 +70,11 @@ class Site:
             raise TypeError(f"{self.path} is a module, not a tensor")
         return cast(Tensor, getattr(self.owner, self.name)).detach()
 
+    def tensor_at(self, path: str) -> Tensor:
+        """The present value of a tensor below the root, detached."""
+        parent, _, name = path.rpartition(".")
+        return cast(Tensor, getattr(self.root.get_submodule(parent), name)).detach()
+
     @property
     def module(self) -> nn.Module:
         if self.kind != "module":
@@ -77,7 +85,8 @@ class Site:
     def device(self) -> torch.device:
         if self.kind == "tensor":
             return self.tensor.device
-        tensor = next(iter([*self.module.parameters(), *self.module.buffers()]), None)
+        held = self.module if self.kind == "module" else self.root
+        tensor = next(iter([*held.parameters(), *held.buffers()]), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
@@ -96,6 +105,8 @@ class Site:
 
     def on_meta(self) -> Site:
         """The same site with shapes and no values: what `build` may look at."""
+        if self.kind == "channels":
+            return replace(self, root=_meta_copy(self.root))
         if self.kind == "module":
             holder = nn.Module()
             holder.add_module("site", _meta_copy(self.module))
@@ -244,8 +255,11 @@ def install_(site: Site, parts: nn.Module, *, cache: bool = True) -> None:
     """Put the parts in the place of the site, at every owner.
 
     Tensor: the parts (a module without inputs that returns the tensor) decode it from then on; the owner stays an
-    instance of its class. Module: the parts take the module's place.
+    instance of its class. Module: the parts take the module's place. Channels: the parts (a `Cut`) change the root.
     """
+    if isinstance(parts, Cut):
+        parts(site.root)
+        return
     if site.kind == "module":
         if parts is site.module:  # changed in place; also the one way to change the root itself
             return
@@ -272,9 +286,10 @@ def hold_(owner: nn.Module, name: str, decoded: nn.Module, like: Tensor) -> None
         owner._parameters[name] = empty
     else:
         raise InputError(f"{name} must be a parameter or a buffer of {type(owner).__name__}; it is neither")
-    training = owner.training
     parametrize.register_parametrization(owner, name, decoded, unsafe=True)
-    owner.train(training)
+    lists = cast(nn.ModuleDict, owner.parametrizations)
+    lists.training = owner.training
+    lists[name].train(owner.training)
     if isinstance(owner, nn.RNNBase) and not isinstance(vars(type(owner)).get("_flat_weights"), _Unflattened):
         owner.__dict__.pop("_flat_weights", None)
         type(owner)._flat_weights = _Unflattened()  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,21 +124,45 @@ class Curvature:
         return max(uses, key=Kronecker.trace, default=None)
 
 
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """How a group of channels responds to data: arrays of its number of channels.
+
+    Args:
+        taylor: the mean over examples of the square of the sum over positions of x dL/dx, x the channel's value.
+        fisher: the mean over examples of the sum over positions of (dL/dx)^2 x^2.
+        apoz: the share of positions at which x is not zero.
+    """
+
+    taylor: np.ndarray
+    fisher: np.ndarray
+    apoz: np.ndarray
+
+
 class Statistics:
-    """Curvature by tensor path, as observed on calibration data; empty when there were none."""
+    """Curvature by tensor path and responses by group of channels, as observed on calibration data; empty when there
+    were none."""
 
     def __init__(
-        self, curvatures: dict[str, Curvature] | None = None, positions: dict[str, float] | None = None
+        self,
+        curvatures: dict[str, Curvature] | None = None,
+        positions: dict[str, float] | None = None,
+        responses: dict[str, Responses] | None = None,
     ) -> None:
         self._curvatures = dict(curvatures or {})
         self.positions = dict(positions or {})
+        self._responses = dict(responses or {})
+
+    def responses(self, group: str) -> Responses | None:
+        """What was observed for the channels of a group, or None if nothing was."""
+        return self._responses.get(group)
 
     def curvature(self, path: str) -> Curvature | None:
         """What was observed for the tensor at this path (any of its owners), or None if nothing was."""
         return self._curvatures.get(path)
 
     def copy(self) -> Statistics:
-        return Statistics(self._curvatures, self.positions)
+        return Statistics(self._curvatures, self.positions, self._responses)
 
     def update(self, curvatures: dict[str, Curvature]) -> None:
         """Add what the tensors inside new parts see."""

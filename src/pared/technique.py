@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pared import store
+from pared.cut import Cut, CutStructure
 from pared.errors import RecipeError
 from pared.settings import Settings, Structure, explain
 from pared.site import Decoded, Site, install_, module_sites, tensor_sites
@@ -41,6 +42,11 @@ class Modules:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Acts on groups of channels that lie in many tensors; its parts are a `pared.cut.Cut`."""
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a part of the network costs. Costs add up.
 
@@ -66,8 +72,10 @@ class Cost:
 class Technique(Settings):
     """Replaces tensors by codes or modules by cheaper modules; or shapes training; or prepares a model by an exact rewrite."""
 
-    acts_on: ClassVar[Tensors | Modules | None] = None
+    acts_on: ClassVar[Tensors | Modules | Groups | None] = None
     reads: ClassVar[tuple[type, ...]] = ()
+    corrects: ClassVar[bool] = False
+    """Whether the layers after what it changed are fitted anew to the original's outputs, in order."""
     paper: ClassVar[str] = ""
     structure_type: ClassVar[type[Structure]] = Structure
     ladder: ClassVar[tuple[dict[str, Any], ...]] = ()
@@ -79,9 +87,9 @@ class Technique(Settings):
         return ".".join(type(self).__module__.split(".")[-2:])
 
     @property
-    def kind(self) -> Literal["tensor", "module"] | None:
+    def kind(self) -> Literal["tensor", "module", "channels"] | None:
         """What sort of site it replaces; None if it replaces nothing."""
-        return {Tensors: "tensor", Modules: "module", type(None): None}[type(self.acts_on)]
+        return {Tensors: "tensor", Modules: "module", Groups: "channels", type(None): None}[type(self.acts_on)]
 
     def __str__(self) -> str:
         """Name and settings; of those at their default only the first, which is the one that matters most."""
@@ -100,6 +108,10 @@ class Technique(Settings):
                     yield site
         elif isinstance(self.acts_on, Modules):
             yield from module_sites(model, self.acts_on.classes)
+        elif isinstance(self.acts_on, Groups) and graph is not None:
+            for group in graph.groups:
+                covers = tuple(dict.fromkeys(piece.path for piece in group.slices))
+                yield Site(model, (group.name,), "channels", covers, group=group)
 
     def refuse(self, site: Site) -> str | None:
         """The reason why it leaves the site alone, or None."""
@@ -113,7 +125,10 @@ class Technique(Settings):
         """The cheaper parts, from shapes, settings and structure alone; values are arbitrary until `fit`.
 
         Tensor site: a module without inputs that returns the tensor. Module site: a module that takes its place.
+        Channels: the `Cut` of the structure.
         """
+        if isinstance(structure, CutStructure):
+            return Cut(structure)
         raise NotImplementedError(f"{type(self).__name__} replaces nothing")
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
@@ -327,6 +342,8 @@ class Chain(Technique):
         for technique in links:
             if technique.kind is None:
                 raise RecipeError(f"a chain must hold techniques that replace something; {technique.name} does not")
+            if technique.kind == "channels" and len(links) > 1:
+                raise RecipeError(f"{technique.name} acts on many tensors and cannot stand in a chain; make it a step of its own")
         for later in links[1:]:
             if later.kind == "module":
                 raise RecipeError(
@@ -343,7 +360,7 @@ class Chain(Technique):
         return self.techniques[0]
 
     @property
-    def kind(self) -> Literal["tensor", "module"] | None:
+    def kind(self) -> Literal["tensor", "module", "channels"] | None:
         return self.first.kind
 
     def __str__(self) -> str:
@@ -501,7 +518,7 @@ def value_at(root: nn.Module, path: str) -> Tensor:
 
 def kept_of(site: Site) -> set[int]:
     """Tensors that the site's module keeps as they are (a bias): they are no part of what a technique adds."""
-    if site.kind == "tensor":
+    if site.kind != "module":
         return set()
     return {id(t) for t in [*site.module.parameters(), *site.module.buffers()]} - site.covered
 
@@ -585,7 +602,9 @@ class Edit:
     structure: Structure
 
     def site(self, model: nn.Module) -> Site:
-        kind = cast(Literal["tensor", "module"], self.technique.kind)
+        kind = cast(Literal["tensor", "module", "channels"], self.technique.kind)
+        if kind == "channels":
+            return Site(model, self.paths, kind, ())
         if kind == "module":
             target = model.get_submodule(self.paths[0])
             match = [s for s in self.technique.sites(model) if s.path == self.paths[0]]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from pared.cut import Cut
 from pared.errors import InputError
 from pared.site import Decoded, Site
 from pared.task import Batch, Task, batch_size, class_logits
@@ -73,6 +74,13 @@ def measure(
 @contextmanager
 def installed(model: nn.Module, site: Site, parts: nn.Module) -> Iterator[None]:
     """The model with the parts in the place of the site, for a while: values are written over and written back."""
+    if isinstance(parts, Cut):
+        take_back = parts(model)
+        try:
+            yield
+        finally:
+            take_back()
+        return
     if site.kind == "module":
         holders = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in site.paths]
         before = [getattr(holder, name) for holder, name in holders]

@@ -118,7 +118,10 @@ class Axes:
         rule = RULES.get(name)
         if rule is None:
             rule = _pointwise if torch.Tag.pointwise in getattr(operator.function, "tags", ()) else _unknown
-        self.labels[number] = found = rule(call)
+        found = rule(call)
+        if not _fits(found, self.shapes[number]):
+            found = _unknown(call)
+        self.labels[number] = found
         if name in _SIZED:
             argument = _SIZED[name]
             first = call.axis("dim", len(call.shape("self"))) if name == "unflatten" else 0
@@ -219,6 +222,12 @@ class Call:
 
 
 Rule = Callable[[Call], Any]
+
+
+def _fits(label: Any, shape: Any) -> bool:
+    if isinstance(shape, tuple):
+        return len(label) == len(shape) and all(len(a) == n for axis, n in zip(label, shape) for a in axis)
+    return not isinstance(shape, list) or all(s is None or l is None or _fits(l, s) for l, s in zip(label or (), shape))
 
 
 def _unknown(call: Call) -> Any:
@@ -411,6 +420,8 @@ def _group_norm(call: Call) -> Label:
 
 
 def _reduction(call: Call) -> Any:
+    if "other" in call.bound:  # the larger, the smaller of two
+        return _pointwise(call)
     first = call.first
     x, rank = call.label(first), len(call.shape(first))
     dims = call.value("dim") if "dim" in call.bound else None

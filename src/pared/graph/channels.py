@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -17,8 +18,9 @@ from pared.cut import Coordinates, Cut, Group, Mend, Slice, sizes_of
 from pared.errors import ParedError
 from pared.graph.axes import PLACES, Axes, Size
 from pared.graph.ids import Factors
+from pared.graph.module import ProgramModule
 from pared.graph.operators import Ref, find
-from pared.graph.program import Node, Program, map_leaves
+from pared.graph.program import Node, Program
 from pared.graph.provenance import Attribute, Combined, Extent, Origin, Provenance
 from pared.graph.trace import trace
 
@@ -48,11 +50,17 @@ class Load:
     constant: float
     axes: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
 
-    def macs(self, keep: np.ndarray) -> float:
+    def macs(self, keep: Sequence[float] | np.ndarray) -> float:
         """With the kept share of every group."""
         total = self.constant
         for axis in self.axes:
-            total *= sum(n * float(np.prod(keep[list(groups)])) for n, groups in axis)
+            stays = 0.0
+            for n, groups in axis:
+                share = float(n)
+                for group in groups:
+                    share *= keep[group]
+                stays += share
+            total *= stays
         return total
 
 
@@ -83,8 +91,7 @@ class Channels:
         if not rewrite:
             self._relate_sizes(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
         self._find()
-        if not rewrite:
-            self._settle()
+        self._settle()
 
     # -- groups ---------------------------------------------------------------------------------------------------------
 
@@ -146,6 +153,46 @@ class Channels:
         groups = np.stack([np.array([self._number.get(r, -1) for r in a.tolist()]) for a in arrays], 1)
         rows, counts = np.unique(groups, axis=0, return_counts=True)
         return tuple((int(n), tuple(g for g in row if g >= 0)) for row, n in zip(rows.tolist(), counts))
+
+    def weights(self) -> list[Load]:
+        """The bits of every tensor at its own type, as a function of what the groups keep."""
+        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        found = []
+        for path, tensor in tensors.items():
+            axes = [self._terms((ids,)) for ids in self.axes.origins.get(path, ()) if len(ids) > 1]
+            moving = [axis for axis in axes if any(groups for _, groups in axis)]
+            fixed = tensor.numel() * tensor.element_size() * 8 / math.prod(sum(n for n, _ in axis) for axis in moving)
+            found.append(Load(fixed, tuple(moving)))
+        return found
+
+    def macs(self, masks: Mapping[int, np.ndarray]) -> float:
+        """Multiply-adds per example without the channels of the masks."""
+        return self._sum(self.loads(), masks)
+
+    def bits(self, masks: Mapping[int, np.ndarray]) -> float:
+        """Bits of all tensors without the channels of the masks."""
+        return self._sum(self.weights(), masks)
+
+    def _sum(self, loads: Sequence[Load], masks: Mapping[int, np.ndarray]) -> float:
+        keep = [1.0] * len(self.groups)
+        for number, gone in masks.items():
+            keep[number] = 1 - float(gone.mean())
+        return sum(load.macs(keep) for load in loads)
+
+    def rows(self, node: int, before: np.ndarray, after: np.ndarray) -> Tensor | None:
+        """Which outputs (channels of a convolution, features of a linear layer) that a node still gives stay: positions.
+        None for a node that gives several tensors."""
+        number = self.program.first_node + node
+        shape = self.axes.shapes[number]
+        if not isinstance(shape, tuple):
+            return None
+        axis = 1 if "conv" in self.program.nodes[node].op else len(shape) - 1
+        there, stays = (left(self.axes, self.axes.labels[number][axis], shape[axis], ids) for ids in (before, after))
+        return torch.as_tensor(np.flatnonzero(stays[there]))
+
+    def cut_program(self, going: np.ndarray) -> Program:
+        """The program without the channels of the mask, for a model whose attention was rescaled with them."""
+        return cut_program(self.program, self.axes, going, rescaled=True)
 
     def loads(self) -> list[Load]:
         """The multiply-adds of every product, as a function of what the groups keep."""
@@ -284,7 +331,7 @@ class Channels:
     def _add_scales(self) -> None:
         """Attention that divides by the root of its own width: queries grow smaller as that width does."""
         for _k, node in enumerate(self.program.nodes):
-            if node.op != "aten.scaled_dot_product_attention.default" or node.arguments().get("scale") is not None:
+            if node.op != _ATTENTION or node.arguments().get("scale") is not None:
                 continue
             query = node.arguments()["query"]
             axis = self.axes.labels[query.index][-1]
@@ -301,32 +348,38 @@ class Channels:
                 self.groups[number] = replace(self.groups[number], rescaled=(*self.groups[number].rescaled, *rescaled))
 
     def _source(self, ref: Ref) -> tuple[str, str | None, tuple[int, ...]] | None:
-        """The linear layer whose outputs a value consists of: weight, bias, and which of its rows."""
+        """The layer whose outputs a value consists of: weight, bias, and which of its rows."""
         chain: list[Node] = []
         while (k := self.program.node_of(ref)) is not None:
             node = self.program.nodes[k]
-            if node.op == "aten.linear.default":
+            name = node.op.split(".")[1]
+            if name in _AFFINE:
                 break
-            if node.op.split(".")[1] not in _ARRANGING or not isinstance(node.args[0], Ref):
+            if name not in _ARRANGING or not isinstance(node.args[0], Ref):
                 return None
             chain.append(node)
             ref = node.args[0]
         else:
             return None
         bound = node.arguments()
-        weight = self.program.state_of(bound["weight"])
-        bias = self.program.state_of(bound["bias"]) if isinstance(bound["bias"], Ref) else None
+        weight, bias = (
+            self.program.state_of(bound[name]) if isinstance(bound[name], Ref) else None for name in ("weight", "bias")
+        )
         if weight is None or (isinstance(bound["bias"], Ref) and bias is None):
             return None
         shape = self.axes.shapes[ref.index]
-        value: Any = torch.arange(shape[-1]).expand(shape)
+        axis = len(shape) - 1 if name in ("linear", "layer_norm") else 1
+        if self.axes.shapes[bound["weight"].index][0] != shape[axis]:
+            return None
+        rows = torch.arange(shape[axis], dtype=torch.float64).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        value: Any = rows.expand(shape)
         for step in reversed(chain):
             operator = find(step.op)
             if operator is None:
                 return None
             rest = [self._plain(a) for a in step.args[1:]]
             value = operator.function(value, *rest, **{name: self._plain(a) for name, a in step.kwargs.items()})
-        return weight.path, bias.path if bias else None, tuple(np.unique(value.numpy()).tolist())
+        return weight.path, bias.path if bias else None, tuple(np.unique(value.numpy().round()).astype(int).tolist())
 
     def _plain(self, argument: Any) -> Any:
         if isinstance(argument, list):
@@ -353,9 +406,18 @@ class Channels:
         """None, or the module that failed (None: another than can be told) and what it said."""
         self.trials += 1
         masks = {number: _half(self.groups[number].n) for number in numbers}
-        twin, plain = copy.deepcopy(self.model), copy.deepcopy(self.model)
-        self.cut_(twin, masks)
+        plain = copy.deepcopy(self.model)
         self.cut_(plain, masks, rescale=False)
+        try:
+            with torch.no_grad():
+                program = cut_program(self.program, self.axes, self.going(masks))
+                expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
+        except ParedError as error:
+            return None, _first_line(error)
+        if self.rewrite:
+            return None
+        twin = copy.deepcopy(self.model)
+        self.cut_(twin, masks)
         stack: list[str] = []
         handles = []
         for path, module in twin.named_modules():
@@ -369,12 +431,6 @@ class Channels:
         finally:
             for handle in handles:
                 handle.remove()
-        try:
-            with torch.no_grad():
-                program = cut_program(self.program, self.axes, self.going(masks))
-                expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
-        except ParedError as error:
-            return None, _first_line(error)
         distance = difference(got, expected)
         return None if distance <= TOLERANCE else (None, f"its outputs were off by {distance:.2g}")
 
@@ -467,6 +523,13 @@ class Channels:
             cuts.append(cut)
         return cuts
 
+    def rewritten(self, masks: Mapping[int, np.ndarray]) -> ProgramModule:
+        """The network without these channels, running its cut program in place of its code; it can be trained and saved."""
+        cut = copy.deepcopy(self.model)
+        self.cut_(cut, masks)
+        program = self.cut_program(self.going(masks))
+        return ProgramModule(program, _held(cut, program), trains=True)
+
     def going(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         """The same choice as a mask over all ids."""
         going = np.zeros(self.axes.ids.n + 1, bool)
@@ -475,10 +538,12 @@ class Channels:
         return going
 
 
+_AFFINE = frozenset("linear conv1d conv2d conv3d batch_norm layer_norm".split())
 _ARRANGING = frozenset(
     "view reshape _unsafe_view permute transpose t contiguous clone select unbind getitem slice split chunk unflatten flatten "
-    "squeeze unsqueeze split_with_sizes".split()
+    "squeeze unsqueeze split_with_sizes max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d".split()
 )
+"""What makes a value from weight and bias, and what leaves multiples of a value multiples."""
 
 
 def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
@@ -489,49 +554,45 @@ def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
     return stays
 
 
-def cut_program(program: Program, axes: Axes, going: np.ndarray) -> Program:
-    """The program with every number that is the size of an axis made to fit what stays of the axis."""
-    changes: dict[int, list[tuple[Size, int]]] = {}
+def cut_program(program: Program, axes: Axes, going: np.ndarray, *, rescaled: bool = False) -> Program:
+    """The program with every number that is the size of an axis made to fit what stays of the axis; node for node the same.
+
+    Args:
+        rescaled: queries are scaled for the new size of the heads already (`Group.rescaled`).
+    """
+    changes: dict[int, list[Size]] = {}
     for size in axes.sizes:
-        stays = int(left(axes, size.axis, size.size, going).sum())
-        if stays < size.size:
-            changes.setdefault(size.node, []).append((size, stays))
-    nodes: list[Node] = []
-    moved = list(range(program.first_node))
-
-    def add(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ref:
-        nodes.append(Node(op, args, kwargs))
-        return Ref(program.first_node + len(nodes) - 1)
-
-    def there(leaf: Any) -> Any:
-        return Ref(moved[leaf.index]) if isinstance(leaf, Ref) else leaf
-
+        if not left(axes, size.axis, size.size, going).all():
+            changes.setdefault(size.node, []).append(size)
+    nodes = []
     for k, node in enumerate(program.nodes):
-        args, kwargs = map_leaves(there, node.args), map_leaves(there, dict(node.kwargs))
+        implied = not rescaled and node.op == _ATTENTION and node.arguments().get("scale") is None
         operator = find(node.op)
-        implied = node.op == "aten.scaled_dot_product_attention.default" and node.arguments().get("scale") is None
-        if operator is not None and (k in changes or implied):
-            bound = dict(operator.bind(args, kwargs))
-            for size, stays in changes.get(k, ()):
-                whole = None if size.place is None else list(bound[size.argument])
-                new: Any = stays
-                if size.computed:
-                    number = bound[size.argument] if whole is None else whole[size.place or 0]
-                    new = add("operator.floordiv", (add("operator.mul", (number, stays), {}), size.size), {})
-                if whole is None:
-                    bound[size.argument] = new
-                else:
-                    whole[size.place or 0] = new
-                    bound[size.argument] = whole
-            if implied:
-                bound["scale"] = axes.shapes[node.arguments()["query"].index][-1] ** -0.5
-            names = [a.name for a in operator.arguments if not a.keyword_only]
-            args, kwargs = operator.trim(
-                [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
-            )
-        moved.append(add(node.op, args, kwargs).index)
+        if operator is None or not (k in changes or implied):
+            nodes.append(node)
+            continue
+        bound = dict(operator.bind(node.args, node.kwargs))
+        for size in changes.get(k, ()):
+            new = -1 if size.computed else int(left(axes, size.axis, size.size, going).sum())
+            if size.place is None:
+                bound[size.argument] = new
+                continue
+            whole = list(bound[size.argument])
+            if size.computed and -1 in whole:  # the batch is in the other number, so this one is known
+                place = whole.index(-1)
+                number = program.first_node + k
+                whole[place] = int(left(axes, axes.labels[number][place], axes.shapes[number][place], going).sum())
+            whole[size.place] = new
+            bound[size.argument] = whole
+        if implied:
+            bound["scale"] = axes.shapes[bound["query"].index][-1] ** -0.5
+        names = [a.name for a in operator.arguments if not a.keyword_only]
+        args, kwargs = operator.trim(
+            [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
+        )
+        nodes.append(Node(node.op, args, kwargs))
     return Program(
-        program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), map_leaves(there, program.outputs),
+        program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), program.outputs,
         program.constants, program.static_reason,
     )  # fmt: skip
 
@@ -550,7 +611,7 @@ def difference(got: Any, expected: Any) -> float:
     worst = 0.0
     for x, y in zip(a, b):
         if x.is_floating_point() and x.numel():
-            worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp_min(1e-12)))
+            worst = max(worst, float((x - y).detach().abs().max() / y.detach().abs().max().clamp_min(1e-12)))
     return worst
 
 
@@ -578,6 +639,7 @@ def _name(places: list[tuple[str, int, np.ndarray, bool]]) -> str:
     return places[0][0].rpartition(".")[0] or places[0][0]
 
 
+_ATTENTION = "aten.scaled_dot_product_attention.default"
 _DIVIDED = "the code divides by its size"
 
 
