@@ -118,7 +118,10 @@ class Axes:
         rule = RULES.get(name)
         if rule is None:
             rule = _pointwise if torch.Tag.pointwise in getattr(operator.function, "tags", ()) else _unknown
-        self.labels[number] = found = rule(call)
+        found = rule(call)
+        if not _fits(found, self.shapes[number]):
+            found = _unknown(call)
+        self.labels[number] = found
         if name in _SIZED:
             argument = _SIZED[name]
             first = call.axis("dim", len(call.shape("self"))) if name == "unflatten" else 0
@@ -221,6 +224,12 @@ class Call:
 Rule = Callable[[Call], Any]
 
 
+def _fits(label: Any, shape: Any) -> bool:
+    if isinstance(shape, tuple):
+        return len(label) == len(shape) and all(len(a) == n for axis, n in zip(label, shape) for a in axis)
+    return not isinstance(shape, list) or all(s is None or l is None or _fits(l, s) for l, s in zip(label or (), shape))
+
+
 def _unknown(call: Call) -> Any:
     for ref in call.tensors():
         call.axes._freeze(call.axes.labels[ref.index], call.reason)
@@ -296,11 +305,13 @@ def _matmul(call: Call) -> Label:
 def _convolution(call: Call) -> Label:
     x, weight = call.label("input"), call.label("weight")
     shape, groups = call.shape("weight"), int(call.value("groups"))
-    space = call.out[2:]
-    for axis in (*x[2:], *weight[2:]):
-        call.keep(axis, PLACES)
     if len(call.shape("input")) != len(shape):
         return _unknown(call)
+    space: Label = []
+    for place, axis in enumerate(x[2:]):
+        call.keep(weight[2 + place], PLACES)
+        alone = shape[2 + place] == 1 and _at(call, "stride", place) == 1 and _at(call, "padding", place) in (0, "valid")
+        space.append(axis if alone else call.keep(axis, PLACES))
     turned = call.name.startswith("conv_transpose") or bool(call.bound.get("transposed"))
     if groups == 1:
         inner = call.same(x[1], weight[0 if turned else 1])
@@ -321,9 +332,15 @@ def _convolution(call: Call) -> Label:
     if isinstance(call.ref("bias"), Ref):
         outer = call.same(outer, call.label("bias")[0])
     n_inner = call.shape("input")[1] // groups
-    pixels = math.prod(call.shape("input")[2:] if turned else space)
-    call.work([((), call.out[0] * pixels * math.prod(shape[2:])), (outer, call.out[1]), (inner, n_inner)])
-    return [x[0], outer, *[()] * len(space)]
+    pixels = call.shape("input")[2:] if turned else call.out[2:]
+    call.work([((), call.out[0] * math.prod(shape[2:])), *zip(space, pixels), (outer, call.out[1]), (inner, n_inner)])
+    return [x[0], outer, *space]
+
+
+def _at(call: Call, name: str, place: int) -> Any:
+    """One of the numbers of an argument that may be a single one for all axes."""
+    value = call.value(name)
+    return value[place if len(value) > 1 else 0] if isinstance(value, list) else value
 
 
 def _attention(call: Call) -> Label:
@@ -403,6 +420,8 @@ def _group_norm(call: Call) -> Label:
 
 
 def _reduction(call: Call) -> Any:
+    if "other" in call.bound:  # the larger, the smaller of two
+        return _pointwise(call)
     first = call.first
     x, rank = call.label(first), len(call.shape(first))
     dims = call.value("dim") if "dim" in call.bound else None
@@ -578,6 +597,8 @@ def _pieces(call: Call) -> list[Label]:
     if "split_size" in call.bound:
         call.size("split_size", None, parts[0], sizes[0])
     for place, (part, size) in enumerate(zip(parts, sizes)):
+        if size == 1:
+            parts[place] = call.keep(part, _chosen(call))
         if "split_sizes" in call.bound:
             call.size("split_sizes", place, part, size)
     return [[call.ids.factors(*(part if i == dim else axis)) for i, axis in enumerate(x)] for part in parts]
@@ -616,7 +637,7 @@ def _slice(call: Call) -> Label:
             call.size("length", None, taken(x[dim], where), call.out[dim])
         elif call.value("end") is not None and reach[1] < size:
             call.size("end", None, taken(x[dim], slice(0, reach[1])), reach[1])
-        x[dim] = taken(x[dim], where)
+        x[dim] = taken(x[dim], where) if call.out[dim] > 1 else call.keep(taken(x[dim], where), _chosen(call))
     return x
 
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pared.cut import Coordinates, Cut, Group, Mend, Slice, sizes_of
+from pared.errors import ParedError
 from pared.graph.axes import PLACES, Axes, Size
 from pared.graph.ids import Factors
+from pared.graph.module import ProgramModule
 from pared.graph.operators import Ref, find
 from pared.graph.program import Node, Program
 from pared.graph.provenance import Attribute, Combined, Extent, Origin, Provenance
@@ -89,8 +91,7 @@ class Channels:
         if not rewrite:
             self._relate_sizes(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
         self._find()
-        if not rewrite:
-            self._settle()
+        self._settle()
 
     # -- groups ---------------------------------------------------------------------------------------------------------
 
@@ -121,6 +122,7 @@ class Channels:
         self._number: dict[int, int] = {}
         self._members: list[np.ndarray] = []
         names: dict[str, int] = {}
+        used = {r for work in self.axes.works for axis in work.axes for a in ids.factors(*axis) for r in np.unique(a).tolist()}
         for (reason, raw, _), channels in members.items():
             places = [keys[k] for k in np.frombuffer(raw, pairs.dtype).tolist()]
             name = _name(places)
@@ -130,6 +132,9 @@ class Channels:
                 self.frozen.append(Frozen(name, len(channels), reason, tuple(dict.fromkeys(p for p, *_ in places))))
                 continue
             if len(channels) < 2:
+                continue
+            if not used.intersection(channels):
+                self.frozen.append(Frozen(name, len(channels), "no product gets cheaper without it", tuple(p for p, *_ in places)))
                 continue
             names[name] = names.get(name, 0) + 1
             number = np.full(ids.n + 1, -1)
@@ -338,7 +343,7 @@ class Channels:
     def _add_scales(self) -> None:
         """Attention that divides by the root of its own width: queries grow smaller as that width does."""
         for _k, node in enumerate(self.program.nodes):
-            if node.op != "aten.scaled_dot_product_attention.default" or node.arguments().get("scale") is not None:
+            if node.op != _ATTENTION or node.arguments().get("scale") is not None:
                 continue
             query = node.arguments()["query"]
             axis = self.axes.labels[query.index][-1]
@@ -355,32 +360,38 @@ class Channels:
                 self.groups[number] = replace(self.groups[number], rescaled=(*self.groups[number].rescaled, *rescaled))
 
     def _source(self, ref: Ref) -> tuple[str, str | None, tuple[int, ...]] | None:
-        """The linear layer whose outputs a value consists of: weight, bias, and which of its rows."""
+        """The layer whose outputs a value consists of: weight, bias, and which of its rows."""
         chain: list[Node] = []
         while (k := self.program.node_of(ref)) is not None:
             node = self.program.nodes[k]
-            if node.op == "aten.linear.default":
+            name = node.op.split(".")[1]
+            if name in _AFFINE:
                 break
-            if node.op.split(".")[1] not in _ARRANGING or not isinstance(node.args[0], Ref):
+            if name not in _ARRANGING or not isinstance(node.args[0], Ref):
                 return None
             chain.append(node)
             ref = node.args[0]
         else:
             return None
         bound = node.arguments()
-        weight = self.program.state_of(bound["weight"])
-        bias = self.program.state_of(bound["bias"]) if isinstance(bound["bias"], Ref) else None
+        weight, bias = (
+            self.program.state_of(bound[name]) if isinstance(bound[name], Ref) else None for name in ("weight", "bias")
+        )
         if weight is None or (isinstance(bound["bias"], Ref) and bias is None):
             return None
         shape = self.axes.shapes[ref.index]
-        value: Any = torch.arange(shape[-1]).expand(shape)
+        axis = len(shape) - 1 if name in ("linear", "layer_norm") else 1
+        if self.axes.shapes[bound["weight"].index][0] != shape[axis]:
+            return None
+        rows = torch.arange(shape[axis], dtype=torch.float64).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        value: Any = rows.expand(shape)
         for step in reversed(chain):
             operator = find(step.op)
             if operator is None:
                 return None
             rest = [self._plain(a) for a in step.args[1:]]
             value = operator.function(value, *rest, **{name: self._plain(a) for name, a in step.kwargs.items()})
-        return weight.path, bias.path if bias else None, tuple(np.unique(value.numpy()).tolist())
+        return weight.path, bias.path if bias else None, tuple(np.unique(value.numpy().round()).astype(int).tolist())
 
     def _plain(self, argument: Any) -> Any:
         if isinstance(argument, list):
@@ -392,22 +403,33 @@ class Channels:
     def _settle(self) -> None:
         """Cut a copy everywhere and run it; where its code does not follow, keep that neighbourhood whole."""
         while self.groups and self.trials < MAX_TRIALS:
-            self.trials += 1
             failure = self._trial(range(len(self.groups)))
             if failure is None:
                 return
-            self._yield(*failure)
-        if self.groups:
-            for number in range(len(self.groups)):
-                self._freeze_group(number, "the model did not run with its channels removed")
+            path, said = failure
+            if path is None or not self._yield(path, said):
+                self._keep_whole(self._culprits(), f"the code does not follow its removal ({said})")
             self._find()
+        for number in range(len(self.groups)):
+            self._freeze_group(number, "the model did not run with its channels removed")
+        self._find()
 
-    def _trial(self, numbers: Iterable[int]) -> tuple[str, str] | None:
-        """None, or the module that failed and what it said."""
+    def _trial(self, numbers: Iterable[int]) -> tuple[str | None, str] | None:
+        """None, or the module that failed (None: another than can be told) and what it said."""
+        self.trials += 1
         masks = {number: _half(self.groups[number].n) for number in numbers}
-        twin, plain = copy.deepcopy(self.model), copy.deepcopy(self.model)
-        self.cut_(twin, masks)
+        plain = copy.deepcopy(self.model)
         self.cut_(plain, masks, rescale=False)
+        try:
+            with torch.no_grad():
+                program = cut_program(self.program, self.axes, self.going(masks))
+                expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
+        except ParedError as error:
+            return None, _first_line(error)
+        if self.rewrite:
+            return None
+        twin = copy.deepcopy(self.model)
+        self.cut_(twin, masks)
         stack: list[str] = []
         handles = []
         for path, module in twin.named_modules():
@@ -417,36 +439,52 @@ class Channels:
             with torch.no_grad():
                 got = twin(*_clones(self.args), **_clones(self.kwargs))
         except Exception as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            return stack[-1] if stack else "", said[0][:200]
+            return stack[-1] if stack else "", _first_line(error)
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
-            program = cut_program(self.program, self.axes, self.going(masks))
-            expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
         distance = difference(got, expected)
-        return None if distance <= TOLERANCE else ("", f"its outputs were off by {distance:.2g}")
+        return None if distance <= TOLERANCE else (None, f"its outputs were off by {distance:.2g}")
 
-    def _yield(self, path: str, said: str) -> None:
-        """What the failing module, and all of its class, shall not be asked again."""
+    def _culprits(self) -> list[int]:
+        """Few groups that the model does not follow when they alone are cut."""
+        suspects = list(range(len(self.groups)))
+        while len(suspects) > 1 and self.trials < MAX_TRIALS:
+            half = len(suspects) // 2
+            for part in (suspects[:half], suspects[half:]):
+                if self._trial(part) is not None:
+                    suspects = part
+                    break
+            else:
+                break  # only together
+        return suspects
+
+    def _keep_whole(self, numbers: list[int], reason: str) -> None:
+        """These groups stay, and those of the same layer in modules of the same class."""
+        kinds = {self._kind(n) for n in numbers}
+        for number in range(len(self.groups)):
+            if number in numbers or self._kind(number) in kinds:
+                self._freeze_group(number, reason)
+
+    def _kind(self, number: int) -> tuple[type, str]:
+        owner, _, layer = self.groups[number].name.rpartition(".")
+        return type(self.model.get_submodule(owner)), layer
+
+    def _yield(self, path: str, said: str) -> bool:
+        """What the failing module, and all of its class, shall not be asked again. False: it has none of the groups."""
         modules = dict(self.model.named_modules())
         while path and not any(True for _ in modules[path].children()):
             path = path.rpartition(".")[0]
         alike = [p for p, m in modules.items() if type(m) is type(modules[path])] if path else [""]
         if self._tie(alike):
-            self._find()
-            return
+            return True
         reason = f"the code of {type(modules[path]).__name__} computes sizes for itself ({said})"
-        inside = [self._groups_in(p) for p in alike]
-        if not any(inside):
-            parent = path.rpartition(".")[0]
-            inside = [self._groups_in(parent)] if parent != path else []
+        inside = [self._groups_in(p) for p in alike] if path else []
         numbers = {n for found in inside for n in found}
         slots = {n for n in numbers if not self.groups[n].whole and any(self.groups[m].whole for m in numbers)}
-        for number in slots or numbers or set(range(len(self.groups))):
+        for number in slots or numbers:
             self._freeze_group(number, reason)
-        self._find()
+        return bool(numbers)
 
     def _groups_in(self, path: str) -> set[int]:
         prefix = f"{path}." if path else ""
@@ -497,6 +535,13 @@ class Channels:
             cuts.append(cut)
         return cuts
 
+    def rewritten(self, masks: Mapping[int, np.ndarray]) -> ProgramModule:
+        """The network without these channels, running its cut program in place of its code; it can be trained and saved."""
+        cut = copy.deepcopy(self.model)
+        self.cut_(cut, masks)
+        program = self.cut_program(self.going(masks))
+        return ProgramModule(program, _held(cut, program), trains=True)
+
     def going(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         """The same choice as a mask over all ids."""
         going = np.zeros(self.axes.ids.n + 1, bool)
@@ -505,10 +550,12 @@ class Channels:
         return going
 
 
+_AFFINE = frozenset("linear conv1d conv2d conv3d batch_norm layer_norm".split())
 _ARRANGING = frozenset(
     "view reshape _unsafe_view permute transpose t contiguous clone select unbind getitem slice split chunk unflatten flatten "
-    "squeeze unsqueeze split_with_sizes".split()
+    "squeeze unsqueeze split_with_sizes max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d".split()
 )
+"""What makes a value from weight and bias, and what leaves multiples of a value multiples."""
 
 
 def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
@@ -520,37 +567,37 @@ def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
 
 
 def cut_program(program: Program, axes: Axes, going: np.ndarray, *, rescaled: bool = False) -> Program:
-    """The program with every number that is the size of an axis made to fit what stays of the axis.
+    """The program with every number that is the size of an axis made to fit what stays of the axis; node for node the same.
 
     Args:
         rescaled: queries are scaled for the new size of the heads already (`Group.rescaled`).
     """
-    changes: dict[int, dict[tuple[str, int | None], int]] = {}
+    changes: dict[int, list[Size]] = {}
     for size in axes.sizes:
-        stays = left(axes, size.axis, size.size, going)
-        if not stays.all():
-            changes.setdefault(size.node, {})[size.argument, size.place] = -1 if size.computed else int(stays.sum())
+        if not left(axes, size.axis, size.size, going).all():
+            changes.setdefault(size.node, []).append(size)
     nodes = []
     for k, node in enumerate(program.nodes):
+        implied = not rescaled and node.op == _ATTENTION and node.arguments().get("scale") is None
         operator = find(node.op)
-        if operator is None:
+        if operator is None or not (k in changes or implied):
             nodes.append(node)
             continue
         bound = dict(operator.bind(node.args, node.kwargs))
-        changed = k in changes
-        for (argument, place), new in changes.get(k, {}).items():
-            if place is None:
-                bound[argument] = new
-            else:
-                whole = list(bound[argument])
-                whole[place] = new
-                bound[argument] = whole
-        if not rescaled and node.op == "aten.scaled_dot_product_attention.default" and bound.get("scale") is None:
+        for size in changes.get(k, ()):
+            new = -1 if size.computed else int(left(axes, size.axis, size.size, going).sum())
+            if size.place is None:
+                bound[size.argument] = new
+                continue
+            whole = list(bound[size.argument])
+            if size.computed and -1 in whole:  # the batch is in the other number, so this one is known
+                place = whole.index(-1)
+                number = program.first_node + k
+                whole[place] = int(left(axes, axes.labels[number][place], axes.shapes[number][place], going).sum())
+            whole[size.place] = new
+            bound[size.argument] = whole
+        if implied:
             bound["scale"] = axes.shapes[bound["query"].index][-1] ** -0.5
-            changed = True
-        if not changed:
-            nodes.append(node)
-            continue
         names = [a.name for a in operator.arguments if not a.keyword_only]
         args, kwargs = operator.trim(
             [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
@@ -576,7 +623,7 @@ def difference(got: Any, expected: Any) -> float:
     worst = 0.0
     for x, y in zip(a, b):
         if x.is_floating_point() and x.numel():
-            worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp_min(1e-12)))
+            worst = max(worst, float((x - y).detach().abs().max() / y.detach().abs().max().clamp_min(1e-12)))
     return worst
 
 
@@ -586,6 +633,10 @@ def _tree(outputs: Any) -> Any:
 
 def _clones(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _half(n: int) -> np.ndarray:
@@ -600,6 +651,7 @@ def _name(places: list[tuple[str, int, np.ndarray, bool]]) -> str:
     return places[0][0].rpartition(".")[0] or places[0][0]
 
 
+_ATTENTION = "aten.scaled_dot_product_attention.default"
 _DIVIDED = "the code divides by its size"
 
 
@@ -617,7 +669,9 @@ def _origin_of(size: Size, numbers: list[tuple[int, Origin]]) -> Origin | None:
     """Where a number of a node comes from, among the numbers that its call was given."""
     if size.place is not None and size.place < len(numbers) and numbers[size.place][0] == size.size:
         return numbers[size.place][1]
-    return next((origin for n, origin in numbers if n == size.size), None)
+    equal = [origin for n, origin in numbers if n == size.size]
+    named = [origin for origin in equal if isinstance(origin, Attribute) and origin.name == size.argument]
+    return next(iter(named or equal), None)
 
 
 def _around(path: str) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -128,10 +128,8 @@ class Provenance:
         numbers = [k for k, (kind, _) in enumerate(theirs) if kind != "item"]
         ours = [(call.kind, call.shapes) for call in self.calls]
         found: list[int | None] = [None] * len(ours)
-        matcher = difflib.SequenceMatcher(None, ours, [theirs[k] for k in numbers], autojunk=False)
-        for block in matcher.get_matching_blocks():
-            for i in range(block.size):
-                found[block.a + i] = first + numbers[block.b + i]
+        for i, j in _common(ours, [theirs[k] for k in numbers]):
+            found[i] = first + numbers[j]
         return found
 
     def numbers(self) -> Iterator[tuple[int, list[tuple[int, Origin]]]]:
@@ -156,6 +154,26 @@ class Provenance:
             return Combined(origin.op, self._resolved(origin.left), self._resolved(origin.right), origin.sizes)
         found: Origin = origin
         return found
+
+
+def _common(a: list[Any], b: list[Any]) -> list[tuple[int, int]]:
+    """The pairs of the longest common subsequence."""
+    known: dict[Any, int] = {}
+    x, y = (np.array([known.setdefault(key, len(known)) for key in keys], np.int64) for keys in (a, b))
+    best = np.zeros((len(x) + 1, len(y) + 1), np.int32)
+    for i, key in enumerate(x):
+        best[i + 1, 1:] = np.maximum.accumulate(np.maximum(best[i, 1:], best[i, :-1] + (y == key)))
+    pairs = []
+    i, j = len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1] and best[i, j] == best[i - 1, j - 1] + 1:
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+        elif best[i - 1, j] >= best[i, j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return pairs[::-1]
 
 
 @dataclass(frozen=True)
