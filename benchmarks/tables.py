@@ -50,8 +50,8 @@ def damage(found: Any) -> list[tuple[str, str]]:
     return [
         (
             f"Predicted against measured divergence, {net['net'].replace('_', '-')}, {net['n']} layer-options",
-            f"rank correlation {net['rank_correlation']:.3f}, median ratio {net['median_ratio']:.2f} on calibration data; "
-            f"{net['held_out']['rank_correlation']:.3f}, {net['held_out']['median_ratio']:.2f} on held-out data",
+            f"rank correlation {net['held_out']['rank_correlation']:.3f}, median ratio {net['held_out']['median_ratio']:.2f} "
+            f"on test data; {net['rank_correlation']:.3f}, {net['median_ratio']:.2f} on calibration data as gathered there",
         )
         for net in found["nets"]
     ]

@@ -147,7 +147,7 @@ def _untouched(best: Trial, job: Job, search: Search) -> list[dict[str, Any]]:
 
 def _predicted_measured(best: Trial, job: Job, most: int = 48) -> list[dict[str, Any]]:
     chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:most]
-    batches = list(job.task.calibration(64))
+    batches = damage.held_out(job.task, 64)
     references = damage.references(best.way.model, job.task, batches)
     twin = copy.deepcopy(best.way.model)
     rows = []
