@@ -120,7 +120,8 @@ def efficientnet(found: Any) -> list[tuple[str, str]]:
 
 
 def kill(found: Any) -> list[tuple[str, str]]:
-    return [("`kill -9` at a random moment, then the same command", f"{found['same_file']} of {found['kills']} the same file, bit for bit")]
+    value = f"{found['same_file']} of {found['kills']} the same file, bit for bit"
+    return [("`kill -9` at a random moment, then the same command", value)]
 
 
 def strangers(found: Any) -> list[tuple[str, str]]:
