@@ -76,7 +76,8 @@ def compress(
     if failure is not None:
         raise failure
     if not result.met:
-        raise BudgetError(result.data["warnings"][-1] if result.data["warnings"] else "the budget is not met")
+        missed = "the budget is not met"
+        raise BudgetError(next((line for line in result.data["warnings"] if line.startswith(missed)), missed))
 
 
 @app.command()

@@ -154,7 +154,7 @@ def _predicted_measured(best: Trial, job: Job, most: int = 48) -> list[dict[str,
     if best.way.graph is not None:  # what layers make up for is in the prediction, but not in a cut alone
         return []
     chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:most]
-    batches = list(job.task.calibration(64))
+    batches = damage.held_out(job.task, 64)
     references = damage.references(best.way.model, job.task, batches)
     twin = copy.deepcopy(best.way.model)
     rows = []

@@ -19,6 +19,7 @@ import pared
 from pared import artifact
 from pared import recipe as recipes
 from pared.budget.calibrate import gather
+from pared.budget.probe import corrected
 from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
 from pared.errors import BudgetError, InputError
 from pared.job import Job
@@ -238,7 +239,10 @@ def _statistics(job: Job) -> Statistics:
         path = job.folder.file("state/statistics.safetensors")
         if path.exists():
             return calibrate.load(path)
-    statistics = gather(plain(job.base), job.task, seed=job.seed, progress=job.progress)
+    bare = plain(job.base)
+    gathered = gather(bare, job.task, seed=job.seed, progress=job.progress)
+    statistics, factor = corrected(bare, job.task, gathered, job.progress)
+    job.say(f"validation data feel {factor:.3g} of the damage that calibration data predict; all predictions are corrected by it")
     if job.folder:
         write_whole(path, lambda temporary: calibrate.save(statistics, temporary))
         return calibrate.load(path)  # the same numbers whether the run was interrupted or not

@@ -236,7 +236,8 @@ def test_what_is_no_result_is_named(bad, where):
 def test_how_the_drop_was_accepted_is_told(result):
     stated = {"max_drop": 0.5, "drop": 0.21, "standard_error": 0.17, "margin": 0.17, "n": 2000, "n_groups": 2000, "unit": "pp"}
     result["acceptance"] = stated
-    expected = "On validation data the drop was 0.21 points; with a margin of 0.17 for chance, against 0.50 asked for, it was accepted."
-    assert expected in text_of(html(result)).replace("0.5 asked", "0.50 asked")
+    text = text_of(html(result))
+    assert "On validation data the drop was 0.21 points; with a margin of 0.17 for chance, against 0.5" in text
+    assert "asked for, it was accepted." in text
     result["acceptance"] = {**stated, "drop": 0.4}
     assert "it was not accepted" in text_of(html(result))

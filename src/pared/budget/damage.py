@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pared.cut import Cut
 from pared.errors import InputError
 from pared.site import Decoded, Site
-from pared.task import Batch, Task, batch_size, class_logits
+from pared.task import Batch, Task, batch_size, class_logits, in_order, take
 
 IGNORED = -100
 """The target that cross entropy leaves out."""
@@ -50,6 +50,19 @@ def divergence(outputs: Any, reference: Any, task: Task, batch: Batch) -> Tensor
         return sum((0.5 * (now.double() - before.double()) ** 2).flatten(1).sum(1) for now, before in pairs) / numel  # type: ignore[return-value]
     total = sum(float((0.5 * (now.double() - before.double()) ** 2).sum()) for now, before in pairs)
     return torch.full((size,), total / size / numel, dtype=torch.float64)
+
+
+def held_out(task: Task, n_examples: int) -> list[Batch]:
+    """The first examples of the validation data, on which damage is measured: calibration data are most often training
+    data, of which a network is surer than of others."""
+    batches: list[Batch] = []
+    for batch in in_order(task.val):
+        size = batch_size(batch)
+        batches.append(batch if size <= n_examples else take(batch, n_examples))
+        n_examples -= size
+        if n_examples <= 0:
+            break
+    return batches
 
 
 def references(model: nn.Module, task: Task, batches: Sequence[Batch]) -> list[Any]:
