@@ -420,6 +420,13 @@ class _Run:
     def _trains(self) -> bool:
         return self.train and any(step.training and step.training.epochs for step in self.steps)
 
+    @property
+    def _shrinks(self) -> tuple[float, ...]:
+        """Parts of the size asked for that trainings aim at, one after the other until a file fits."""
+        if all(technique.keeps_size for technique in self.steps[-1].candidates):
+            return 0.98, 0.94
+        return 0.9, 0.84  # training spreads the codes: files grow by up to a tenth
+
     def _accepts(self, trial: Trial) -> bool:
         return self.target.max_drop is None or trial.drop.value <= self.target.max_drop + 1e-9
 
@@ -438,7 +445,7 @@ class _Run:
             if file_bytes is None or self._fits(trial, file_bytes):
                 break
             aim = file_bytes * (1 - SIZE_TOLERANCE / 2)
-        for shrink in (0.9, 0.84) if trained else ():  # training spreads the codes: files grow by up to a tenth
+        for shrink in self._shrinks if trained else ():
             aim = file_bytes * shrink if file_bytes is not None else None
             try:
                 trial = self._carry_out(self._plan(aim, macs), aim or 0.0, trained=True)
@@ -604,6 +611,8 @@ class _Run:
                 learning_rate=rate,
                 task_weight=1.0 if training.hard else None,
                 anneal_until=anneal_until,
+                ema=training.average or None,
+                keep_best=training.keep_best,
                 validate=lambda m: self._evaluate(m).value,
                 seed=self.seed,
                 step=2 * number + part,

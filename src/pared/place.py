@@ -15,7 +15,7 @@ from pared.record import Record, attach_, record_of
 from pared.site import Decoded, Site, duplicate, install_, plain
 from pared.statistics import Curvature, Statistics
 from pared.task import Task
-from pared.technique import Edit, Option, StraightThrough, Structure, Technique, build
+from pared.technique import Edit, Option, Structure, Technique, build
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -134,7 +134,7 @@ def settle_(model: nn.Module, options: Iterable[Option], statistics: Statistics)
     Buffers stay as they are: `place_buffers_` codes them once training is over.
     """
     for module in list(model.modules()):
-        if isinstance(module, Decoded) and isinstance(module.decoder, StraightThrough):
+        if isinstance(module, Decoded) and callable(getattr(module.decoder, "settle", None)):
             module.decoder = module.decoder.settle().requires_grad_(True)
             module.train(module.training)
     edits = []

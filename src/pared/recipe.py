@@ -31,6 +31,10 @@ class Training(Settings):
     )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: chosen by the loop")
     anneal_until: float = Field(0.6, gt=0, le=1, description="share of the epochs after which schedules are at their end")
+    average: float = Field(
+        0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0: the last weights themselves"
+    )
+    keep_best: bool = Field(True, description="keep the epoch that validates best; false: the last one")
     hard: bool = Field(False, description="add the task's own loss to the losses named in `with`")
 
 

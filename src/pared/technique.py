@@ -77,6 +77,8 @@ class Technique(Settings):
     reads: ClassVar[tuple[type, ...]] = ()
     paper: ClassVar[str] = ""
     structure_type: ClassVar[type[Structure]] = Structure
+    keeps_size: ClassVar[bool] = False
+    """Whether its stand-ins come out of training at the size that was planned (they have `coded_bits` and `aim_bits`)."""
     ladder: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Settings from gentle to harsh, with which the conformance suite runs."""
 
