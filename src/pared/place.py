@@ -134,8 +134,8 @@ def settle_(model: nn.Module, options: Iterable[Option], statistics: Statistics)
     Buffers stay as they are: `place_buffers_` codes them once training is over.
     """
     for module in list(model.modules()):
-        if isinstance(module, Decoded) and callable(getattr(module.decoder, "settle", None)):
-            module.decoder = module.decoder.settle().requires_grad_(True)
+        if isinstance(module, Decoded) and callable(settle := getattr(module.decoder, "settle", None)):
+            module.decoder = settle().requires_grad_(True)
             module.train(module.training)
     edits = []
     for option in in_order(options):

@@ -110,7 +110,7 @@ class Priced(nn.Module):
 
     RECOUNT: ClassVar[int] = 20
     """Training steps between two counts of the frequencies."""
-    WEIGH: ClassVar[int] = 400
+    WEIGH: ClassVar[int] = 100
     """Training steps between two comparisons with what the file's coder makes of the codes."""
 
     def __init__(self, value: Tensor, parts: StepDecoder, first_step: Tensor, bits: float, first_bits: float, axis: int) -> None:

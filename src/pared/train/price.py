@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Price:
     """
 
     def __init__(self, model: nn.Module, n_steps: int) -> None:
-        self.modules = [module for module in model.modules() if callable(getattr(module, "coded_bits", None))]
+        self.modules: list[Any] = [module for module in model.modules() if callable(getattr(module, "coded_bits", None))]
         self.gain = min(_GAIN / n_steps, _FASTEST)
         self.largest_loss = 1e-6
         self.log_price: float | None = None
