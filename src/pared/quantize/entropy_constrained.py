@@ -73,37 +73,42 @@ class EntropyConstrained(Technique):
         return StepDecoder(site.tensor.shape, site.tensor.dtype, self.bits)
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
-        """The finest step whose codes take at most `bits` per weight, by bisection on the logarithm."""
-        decoder, value = cast(StepDecoder, parts), site.tensor.float()
-        largest = float(value.abs().max())
-        if largest == 0:
-            cast(Tensor, decoder.codes).zero_()
-            return
-        fine, coarse = math.log(largest / _LARGEST), math.log(2.01 * largest)
-        for _ in range(_HALVINGS):
-            middle = (fine + coarse) / 2
-            bits = store.estimate_bits(_codes(value, torch.tensor([middle]).exp().to(value.device)).cpu().numpy())
-            fine, coarse = (fine, middle) if bits <= self.bits * value.numel() else (middle, coarse)
-        decoder.step.data.fill_(coarse).exp_()
-        self.encode(site, parts, statistics)
+        decoder = cast(StepDecoder, parts)
+        value, scale = _normal(site.tensor)
+        step = self.finest(value)
+        decoder.step.data.copy_(step * scale)
+        cast(Tensor, decoder.codes).copy_(_codes(value, step))
 
     def encode(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         decoder = cast(StepDecoder, parts)
         cast(Tensor, decoder.codes).copy_(_codes(site.tensor.float(), decoder.step))
 
+    def finest(self, value: Tensor) -> Tensor:
+        """The finest step whose codes take at most `bits` per weight, by bisection on the logarithm; of shape (1,)."""
+        largest = float(value.abs().max())
+        if largest == 0:
+            return torch.ones(1, device=value.device)
+        fine, coarse = math.log(largest / _LARGEST), math.log(2.01 * largest)
+        for _ in range(_HALVINGS):
+            middle = (fine + coarse) / 2
+            codes = _codes(value, torch.full((1,), middle, device=value.device).exp())
+            fits = store.estimate_bits(codes.cpu().numpy()) <= self.bits * value.numel()
+            fine, coarse = (fine, middle) if fits else (middle, coarse)
+        return torch.full((1,), coarse, device=value.device).exp()
+
     def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
-        start = EntropyConstrained(bits=max(self.bits, self.START_BITS))
-        first = start.build(site, structure)
-        parts = self.build(site, structure)
+        parts = self.build(site, structure).to(site.device)
         with torch.no_grad():
-            start.fit(site, first.to(site.device), statistics)
-            self.fit(site, parts.to(site.device), statistics)
-        return Priced(site.tensor, parts, first.step, self.bits, start.bits, channel_axis(site.owner))
+            value, scale = _normal(site.tensor)
+            start = EntropyConstrained(bits=max(self.bits, self.START_BITS))
+            steps = start.finest(value), self.finest(value)
+        return Priced(site.tensor, parts, scale, steps, (start.bits, self.bits), channel_axis(site.owner))
 
 
 class Priced(nn.Module):
     """A trainable weight that is seen rounded, with a trainable step, and knows what its codes cost.
 
+    The weight is trained in units of its first root mean square: a step of the optimiser is as large a part of it in every tensor.
     Gradients: straight through to the weight; to the step as in LSQ (arXiv:1902.08153). `coded_bits` has as slope in a weight the
     difference that the next code makes.
     """
@@ -113,15 +118,19 @@ class Priced(nn.Module):
     WEIGH: ClassVar[int] = 100
     """Training steps between two comparisons with what the file's coder makes of the codes."""
 
-    def __init__(self, value: Tensor, parts: StepDecoder, first_step: Tensor, bits: float, first_bits: float, axis: int) -> None:
+    def __init__(
+        self, value: Tensor, parts: StepDecoder, scale: Tensor, steps: tuple[Tensor, Tensor], bits: tuple[float, float], axis: int
+    ) -> None:
         super().__init__()
-        self.axis, self.bits, self.first_bits = axis, bits, first_bits
-        self.weight = nn.Parameter(value.detach().clone())
+        self.axis, self.dtype = axis, value.dtype
+        self.first_bits, self.bits = bits
+        self.weight = nn.Parameter(_normal(value)[0].detach())
         self.parts = parts.requires_grad_(False)
-        self.register_buffer("unit", parts.step.detach().clone())
-        self.register_buffer("first_unit", first_step.detach().clone())
+        self.register_buffer("scale", scale)
+        self.register_buffer("first_unit", steps[0])
+        self.register_buffer("unit", steps[1])
         self.stretch = nn.Parameter(torch.zeros_like(parts.step))  # step = unit * exp(stretch)
-        self.register_buffer("costs", torch.zeros_like(value, dtype=torch.float32))
+        self.register_buffer("costs", torch.zeros_like(self.weight.data))
         self.register_buffer("rest", torch.zeros(2, device=value.device))
         self.register_buffer("ratio", torch.ones((), device=value.device))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
@@ -133,6 +142,7 @@ class Priced(nn.Module):
         return float(self.weight.numel() * self.bits * (self.first_bits / self.bits) ** (1 - self.progress))
 
     def step(self) -> Tensor:
+        """In units of `scale`, like the weight."""
         return cast(Tensor, self.unit) * self.stretch.exp()
 
     def anneal(self, progress: float) -> None:
@@ -142,7 +152,7 @@ class Priced(nn.Module):
             cast(Tensor, self.unit).copy_(cast(Tensor, self.first_unit))
 
     def forward(self, original: Tensor | None = None) -> Tensor:
-        return cast(Tensor, _Rounded.apply(self.weight, self.step()))
+        return cast(Tensor, _Rounded.apply(self.weight, self.step(), self.scale)).to(self.dtype)
 
     def coded_bits(self) -> Tensor:
         """What the codes cost, as the frequencies of zeros and magnitudes tell it."""
@@ -152,14 +162,14 @@ class Priced(nn.Module):
             self._count()
         bits = cast(Tensor, _Bits.apply(self.weight, self.step(), self.costs, self.rest))
         if calls % self.WEIGH == 0:
-            codes = _codes(self.weight.detach().float(), self.step().detach())
+            codes = _codes(self.weight.detach(), self.step().detach())
             ratio.fill_(store.estimate_bits(codes.cpu().numpy()) / max(bits.item(), 1.0))
         return ratio * bits
 
     @torch.no_grad()
     def _count(self) -> None:
         """costs: bits that the first magnitude takes more than zero; rest: bits of all zeros, bits of each further magnitude."""
-        q = as_rows(_codes(self.weight.float(), self.step()), self.axis).abs().float()
+        q = as_rows(_codes(self.weight, self.step()), self.axis).abs().float()
         used = (q > 0).float()
         n_rows, n_columns = used.shape
         share = (used.sum() + 0.5) / (used.numel() + 1)
@@ -174,29 +184,29 @@ class Priced(nn.Module):
     def settle(self) -> nn.Module:
         """The parts, with the present step and codes."""
         with torch.no_grad():
-            self.parts.step.copy_(self.step())
-            cast(Tensor, self.parts.codes).copy_(_codes(self.weight.float(), self.parts.step))
+            self.parts.step.copy_(self.step() * cast(Tensor, self.scale))
+            cast(Tensor, self.parts.codes).copy_(_codes(self.weight, self.step()))
         return self.parts
 
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, step: Tensor) -> Tensor:
-        scaled = weight.float() / step
+    def forward(ctx: Any, weight: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+        scaled = weight / step
         rounded = scaled.round().clamp_(-_LARGEST, _LARGEST)
-        ctx.save_for_backward(rounded - scaled)
-        return (rounded * step).to(weight.dtype)
+        ctx.save_for_backward(rounded - scaled, scale)
+        return rounded * (step * scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        (error,) = ctx.saved_tensors
-        return gradient, (gradient * error).sum().float().reshape(1)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        error, scale = ctx.saved_tensors
+        return gradient * scale, ((gradient * error).sum() * scale).reshape(1), None
 
 
 class _Bits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, step: Tensor, costs: Tensor, rest: Tensor) -> Tensor:
-        scaled = weight.float() / step
+        scaled = weight / step
         size = scaled.abs()
         slope = torch.where(size < 1, costs, rest[1]) * scaled.sign()
         ctx.save_for_backward(slope, step, weight)
@@ -207,8 +217,16 @@ class _Bits(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         slope, step, weight = ctx.saved_tensors
         by_weight = slope * (gradient / step)
-        return by_weight.to(weight.dtype), -((by_weight * weight).sum() / step).float().reshape(1), None, None
+        return by_weight, -((by_weight * weight).sum() / step).reshape(1), None, None
 
 
 def _codes(value: Tensor, step: Tensor) -> Tensor:
     return (value / step).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int16)
+
+
+def _normal(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensor in units of its root mean square, float32; and that unit."""
+    value = value.float()
+    scale = value.square().mean().sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return value / scale, scale
