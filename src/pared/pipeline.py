@@ -159,6 +159,7 @@ def compress(
     out: str | Path | None = None,
     seed: int = 0,
     *,
+    teachers: Sequence[nn.Module] | None = None,
     store: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -176,6 +177,8 @@ def compress(
         train: recover by distillation from the original; False: post-training only.
         out: folder for the results and for going on after an interruption.
         seed: of everything random.
+        teachers: models to distil from, with outputs like the original's; None: the original. Drops are always against
+            the original.
         store: how the file's coder chooses, instead of the recipe's word.
         progress: called with dicts that tell what is being done.
         command: the command line, for the report.
@@ -184,7 +187,9 @@ def compress(
         InputError: model, data or recipe cannot be used; one line says why.
         BudgetError: even the smallest plan is above the budget; it was carried out, and the error's `result` holds it.
     """
-    return _Run(model, task, recipe, size, macs, latency, max_drop, train, out, seed, store, progress, command).compress()
+    return _Run(
+        model, task, recipe, size, macs, latency, max_drop, train, out, seed, teachers, store, progress, command
+    ).compress()
 
 
 class _Run:
@@ -200,6 +205,7 @@ class _Run:
         train: bool,
         out: Any,
         seed: int,
+        teachers: Sequence[nn.Module] | None,
         store: str | None,
         progress: Progress | None,
         command: str | None,
@@ -226,6 +232,7 @@ class _Run:
         check_finite(model)
         task.check(model)
         self.original = duplicate(model).eval().requires_grad_(False)
+        self.teachers = [duplicate(teacher).eval().requires_grad_(False) for teacher in teachers or ()] or [self.original]
         self.base, self.bakes = prepared(model)
         _trainable_(self.base)
         self.original_bytes = original_bytes(self.original)
@@ -257,10 +264,6 @@ class _Run:
         )
 
     def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for path, tensor in [*self.original.named_parameters(), *self.original.named_buffers()]:
-            digest.update(path.encode())
-            digest.update(as_numpy(tensor).tobytes())
         return {
             "pared": pared.__version__,
             "recipe": self.recipe.to_dict()["steps"],
@@ -272,7 +275,8 @@ class _Run:
             "torch": torch.__version__,
             "metric": self.task.metric_name,
             "data": self._data_digest(),
-            "model": digest.hexdigest(),
+            "model": _digest(self.original),
+            "teachers": [_digest(teacher) for teacher in self.teachers],
         }
 
     def _data_digest(self) -> str:
@@ -607,7 +611,7 @@ class _Run:
                 self.task,
                 epochs=epochs,
                 losses=losses,
-                teacher=self.original,
+                teacher=self.teachers,
                 learning_rate=rate,
                 task_weight=1.0 if training.hard else None,
                 anneal_until=anneal_until,
@@ -625,7 +629,8 @@ class _Run:
         relax_(model, level, statistics)
         rows = run(0, training.epochs, training.learning_rate, training.anneal_until)
         edits = settle_(model, level, statistics)
-        rows += run(1, tune, training.learning_rate / 4 if training.learning_rate else None, 1.0)
+        quarter = training.learning_rate / 4 if training.learning_rate else None
+        rows += run(1, tune, training.tune_learning_rate or quarter, 1.0)
         model.eval()
         edits += place_buffers_(model, level, statistics)
         return edits, rows
@@ -833,6 +838,14 @@ class _Run:
     def _say(self, text: str) -> None:
         self.folder.log(text)
         self.progress({"say": text})
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(path.encode())
+        digest.update(as_numpy(tensor).tobytes())
+    return digest.hexdigest()
 
 
 def _trainable_(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ class Training(Settings):
         None, ge=0, description="passes after that with the codes frozen: tables, scales, biases; default a third of epochs"
     )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: chosen by the loop")
+    tune_learning_rate: float | None = Field(None, gt=0, description="peak of those passes; default: a quarter of learning_rate")
     anneal_until: float = Field(0.6, gt=0, le=1, description="share of the epochs after which schedules are at their end")
     average: float = Field(
         0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0: the last weights themselves"
