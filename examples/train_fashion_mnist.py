@@ -98,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     task = sources.data(given.data, batch_size=256, seed=given.seed).task
-    net = with_batch_norm(getattr(lenet, given.net)())
+    net = with_batch_norm(getattr(lenet, given.net)()).to(memory_format=torch.channels_last)  # twice as fast on a CPU
     began = time.perf_counter()
     train(net, task.train, task.val, given.epochs or EPOCHS[given.net])
     net = folded(net)
@@ -106,7 +106,7 @@ def main() -> None:
 
     out = given.out or lenet.WEIGHTS / f"{given.net}-seed{given.seed}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(net.state_dict(), out)
+    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, out)
     print(f"{given.net} seed {given.seed}: test {accuracy(net, task.test):.2f} %, {seconds:.0f} s, saved to {out}")
 
 

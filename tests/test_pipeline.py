@@ -243,3 +243,24 @@ def test_warnings_of_a_good_run_are_none(net, task):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pared.compress(net, task, RECIPE, size="6x", train=False)
+
+
+def test_training_learns_from_the_teachers_given(net, task):
+    asked = []
+
+    class Teacher(nn.Module):
+        def forward(self, x):
+            asked.append(len(x))
+            return net(x)
+
+    pared.compress(net, task, RECIPE, size="20x", teachers=[Teacher()])
+    assert sum(asked) >= 2 * sum(len(batch[1]) for batch in task.train)
+
+
+def test_entropy_constrained_codes_come_out_of_training_within_the_size_and_close_to_it(net, task):
+    recipe = pared.recipe.load("entropy-constrained").to_dict()
+    recipe["steps"][0]["train"].update(epochs=30, tune_epochs=1)
+    result = pared.compress(net, task, recipe, size="15x")
+    ratio = result.data["before"]["file_bytes"] / result.data["after"]["file_bytes"]
+    assert 15 <= ratio < 20
+    assert result.data["drop_pp"]["value"] < 5

@@ -23,6 +23,7 @@ class Job:
 
     Args:
         original: the network as it came, in eval mode.
+        teachers: what is distilled from.
         base: a copy to work on, whose reparametrised weights are plain.
         bakes: the edits that did this.
         task: data, loss and metric.
@@ -44,6 +45,7 @@ class Job:
     """
 
     original: nn.Module
+    teachers: list[nn.Module]
     base: nn.Module
     bakes: list[Edit]
     task: Task

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def compress(
     out: str | Path | None = None,
     seed: int = 0,
     *,
+    teachers: Sequence[nn.Module] | None = None,
     store: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -103,6 +105,8 @@ def compress(
         train: recover by distillation from the original; False: post-training only.
         out: folder for the results and for going on after an interruption.
         seed: of everything random.
+        teachers: models to distil from, with outputs like the original's; None: the original. Drops are always against
+            the original.
         store: how the file's coder chooses, instead of the recipe's word.
         progress: called with dicts that tell what is being done.
         command: the command line, for the report.
@@ -114,7 +118,7 @@ def compress(
     started = time.perf_counter()
     chosen = recipes.load(recipe)
     asked = {"size": size, "macs": macs, "latency": latency, "max_drop": max_drop}
-    job = _job(model, task, chosen, asked, train, out, seed, store or chosen.store, progress, command, started)
+    job = _job(model, task, chosen, asked, train, out, seed, teachers, store or chosen.store, progress, command, started)
     job.say(f"budget: {', '.join(f'{k} {v}' for k, v in job.asked.items() if v is not None)}")
     job.say(f"recipe:\n{job.recipe.to_yaml()}")
     reference = job.timed("evaluate", lambda: quality_of(job.original, job))
@@ -137,8 +141,8 @@ def compress(
 
 
 def _job(
-    model: nn.Module, task: Task, recipe: Recipe, given: dict[str, Any], train: bool, out: Any, seed: int, store: str,
-    progress: Progress | None, command: str | None, started: float,
+    model: nn.Module, task: Task, recipe: Recipe, given: dict[str, Any], train: bool, out: Any, seed: int,
+    teachers: Sequence[nn.Module] | None, store: str, progress: Progress | None, command: str | None, started: float,
 ) -> Job:  # fmt: skip
     """Check everything that can be checked at once, and open the run folder."""
     asked = {key: value if value is not None else recipe.budget.get(key) for key, value in given.items()}
@@ -154,9 +158,11 @@ def _job(
     trainable_(base)
     n_bytes, example = original_bytes(original), task.example(original)
     target, total_macs = _target(asked, original, n_bytes, task, example)
-    identity = _identity(original, task, recipe, asked, train, seed, store)
+    teachers = [duplicate(teacher).eval().requires_grad_(False) for teacher in teachers or ()] or [original]
+    identity = _identity(original, teachers, task, recipe, asked, train, seed, store)
     return Job(
         original=original,
+        teachers=teachers,
         base=base,
         bakes=bakes,
         task=task,
@@ -199,13 +205,10 @@ def _target(
 
 
 def _identity(
-    original: nn.Module, task: Task, recipe: Recipe, asked: dict[str, Any], train: bool, seed: int, store: str
-) -> dict[str, Any]:
+    original: nn.Module, teachers: Sequence[nn.Module], task: Task, recipe: Recipe, asked: dict[str, Any], train: bool,
+    seed: int, store: str,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that the result depends on."""
-    digest = hashlib.sha256()
-    for path, tensor in [*original.named_parameters(), *original.named_buffers()]:
-        digest.update(path.encode())
-        digest.update(as_numpy(tensor).tobytes())
     return {
         "pared": pared.__version__,
         "recipe": recipe.to_dict()["steps"],
@@ -217,8 +220,17 @@ def _identity(
         "torch": torch.__version__,
         "metric": task.metric_name,
         "data": _data_digest(task),
-        "model": digest.hexdigest(),
+        "model": _digest(original),
+        "teachers": [_digest(teacher) for teacher in teachers],
     }
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(path.encode())
+        digest.update(as_numpy(tensor).tobytes())
+    return digest.hexdigest()
 
 
 def _data_digest(task: Task) -> str:

@@ -16,7 +16,7 @@ from pared.record import Record, attach_, record_of
 from pared.site import Decoded, Site, duplicate, install_, plain
 from pared.statistics import Curvature, Statistics
 from pared.task import Task
-from pared.technique import Cost, Edit, Option, StraightThrough, Structure, Technique, build
+from pared.technique import Cost, Edit, Option, Structure, Technique, build
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -174,8 +174,8 @@ def settle_(model: nn.Module, options: Iterable[Option], statistics: Statistics)
     Buffers stay as they are: `place_buffers_` codes them once training is over.
     """
     for module in list(model.modules()):
-        if isinstance(module, Decoded) and isinstance(module.decoder, StraightThrough):
-            module.decoder = module.decoder.settle().requires_grad_(True)
+        if isinstance(module, Decoded) and callable(settle := getattr(module.decoder, "settle", None)):
+            module.decoder = settle().requires_grad_(True)
             module.train(module.training)
     edits = []
     for option in in_order(options):

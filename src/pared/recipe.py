@@ -30,7 +30,12 @@ class Training(Settings):
         None, ge=0, description="passes after that with the codes frozen: tables, scales, biases; default a third of epochs"
     )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: chosen by the loop")
+    tune_learning_rate: float | None = Field(None, gt=0, description="peak of those passes; default: a quarter of learning_rate")
     anneal_until: float = Field(0.6, gt=0, le=1, description="share of the epochs after which schedules are at their end")
+    average: float = Field(
+        0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0: the last weights themselves"
+    )
+    keep_best: bool = Field(True, description="keep the epoch that validates best; false: the last one")
     rounds: int = Field(1, ge=1, le=100, description="of channels: cut a little and recover, so many times, on a cubic schedule")
     hard: bool = Field(False, description="add the task's own loss to the losses named in `with`")
 

@@ -172,6 +172,13 @@ class Search:
         limit = self.job.target.max_drop
         return limit is None or trial.drop.value + margin(trial.drop, limit) <= limit + 1e-9
 
+    @property
+    def _shrinks(self) -> tuple[float, ...]:
+        """Parts of the size asked for that trainings aim at, one after the other until a file fits."""
+        if all(technique.keeps_size for technique in self.job.steps[-1].candidates):
+            return 0.98, 0.94
+        return 0.9, 0.84  # training spreads the codes: files grow by up to a tenth
+
     def _at_size(self, file_bytes: float | None, macs: float | None, trained: bool) -> Trial:
         """A trial whose file is within the size: the estimate is corrected by what files of earlier trials weighed."""
         fitting: list[Trial] = []
@@ -187,7 +194,7 @@ class Search:
             if file_bytes is None or self._fits(trial, file_bytes):
                 break
             aim = file_bytes * (1 - SIZE_TOLERANCE / 2)
-        for shrink in (0.9, 0.84) if trained else ():  # training spreads the codes: files grow by up to a tenth
+        for shrink in self._shrinks if trained else ():
             aim = file_bytes * shrink if file_bytes is not None else None
             try:
                 trial = self.trials.carry_out(*self._plan(aim, macs), trained=True)

@@ -78,6 +78,8 @@ class Technique(Settings):
     """Whether the layers after what it changed are fitted anew to the original's outputs, in order."""
     paper: ClassVar[str] = ""
     structure_type: ClassVar[type[Structure]] = Structure
+    keeps_size: ClassVar[bool] = False
+    """Whether what it leaves comes out of training at the size that was planned."""
     ladder: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Settings from gentle to harsh, with which the conformance suite runs."""
 

@@ -191,8 +191,8 @@ class Trials:
         rows = self._train(model, step, number, 0, training.epochs, training.learning_rate, training.anneal_until)
         edits = settle_(model, level, statistics)
         tune = training.tune_epochs if training.tune_epochs is not None else max(1, training.epochs // 3)
-        rate = training.learning_rate / 4 if training.learning_rate else None
-        rows += self._train(model, step, number, 1, tune, rate, 1.0)
+        quarter = training.learning_rate / 4 if training.learning_rate else None
+        rows += self._train(model, step, number, 1, tune, training.tune_learning_rate or quarter, 1.0)
         model.eval()
         edits += place_buffers_(model, level, statistics)
         return edits, rows
@@ -230,15 +230,18 @@ class Trials:
         """One training of a step, towards the original."""
         if not epochs:
             return []
+        training = self._training(step)
         history = train_loop(
             model,
             self.job.task,
             epochs=epochs,
             losses=list(step.losses) or [registry.get("distill.logits")()],
-            teacher=self.job.original,
+            teacher=self.job.teachers,
             learning_rate=rate,
-            task_weight=1.0 if self._training(step).hard else None,
+            task_weight=1.0 if training.hard else None,
             anneal_until=anneal_until,
+            ema=training.average or None,
+            keep_best=training.keep_best,
             validate=lambda m: quality_of(m, self.job).value,
             seed=self.job.seed,
             step=2 * number + part,

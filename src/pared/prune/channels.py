@@ -53,6 +53,7 @@ class Channels(Technique):
     acts_on: ClassVar = Groups()
     reads: ClassVar = (Curvature, Responses)
     corrects: ClassVar = True
+    keeps_size: ClassVar = True
     paper: ClassVar = "arXiv:2301.12900"
     structure_type: ClassVar = CutStructure
     ladder: ClassVar = ({"keep": 0.9}, {"keep": 0.6}, {"keep": 0.3})
