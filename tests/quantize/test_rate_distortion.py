@@ -1,0 +1,1 @@
+"""Rate-distortion rounding against dense formulas and plain rounding."""
