@@ -168,7 +168,8 @@ def compress(
     Args:
         model: a trained network; it is not changed.
         task: its data, loss and metric.
-        recipe: a YAML file, the name of a shipped recipe, or a dict; None is the default recipe.
+        recipe: a YAML file, the name of a shipped recipe, or a dict; None is the default recipe, or without training,
+            macs and latency the recipe `smallest`.
         size: of the whole file: "20x", "5%", "1.2MB".
         macs: multiply-adds: "2x", "50%", "300M".
         latency: "3x" or "3x@onnxruntime".
@@ -207,6 +208,8 @@ class _Run:
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
+        if recipe is None and not train and macs is None and latency is None:
+            recipe = "smallest"
         self.recipe = recipes.load(recipe)
         self.store = store or self.recipe.store
         budget = self.recipe.budget
