@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,12 @@ def texts_of(*packages: str) -> list[str]:
     return [texts[i] for i in order]
 
 
+_POINTS = (-0.2, -0.5, -1.0)
+
 CASES: dict[str, Callable[[], Case]] = {
-    "lenet_300_100": lambda: classifier("lenet_300_100", "lenet", "fashion-mnist", (-0.2, -0.5, -1.0), 1e-9, range(-42, -23, 3)),
-    "lenet_5": lambda: classifier("lenet_5", "lenet", "fashion-mnist", (-0.2, -0.5, -1.0), 4e-9, range(-38, -19, 3)),
-    "small_resnet": lambda: classifier("small_resnet", "small_resnet", "fashion-mnist", (-0.2, -0.5, -1.0), 2e-8, range(-32, -13, 3)),
+    "lenet_300_100": lambda: classifier("lenet_300_100", "lenet", "fashion-mnist", _POINTS, 1e-9, range(-42, -23, 3)),
+    "lenet_5": lambda: classifier("lenet_5", "lenet", "fashion-mnist", _POINTS, 4e-9, range(-38, -19, 3)),
+    "small_resnet": lambda: classifier("small_resnet", "small_resnet", "fashion-mnist", _POINTS, 2e-8, range(-32, -13, 3)),
     "digits_lstm": lambda: classifier("digits_lstm", "digits_lstm", "digits", (-0.5, -1.0, -2.0), 1e-9, range(-32, -11, 2)),
     "efficientnet_lite0": efficientnet_lite0,
     "minilm": minilm,
@@ -226,7 +229,7 @@ def bytes_at(rows: list[dict[str, float]], quality: float) -> float | None:
     for size, reached in sorted((row["bytes"], row["quality"]) for row in rows):
         if not best or reached > best[-1][1]:
             best.append((size, reached))
-    for (size, reached), (more, higher) in zip(best, best[1:]):
+    for (size, reached), (more, higher) in pairwise(best):
         if reached <= quality <= higher:
             share = (quality - reached) / (higher - reached)
             return math.exp(math.log(size) + share * (math.log(more) - math.log(size)))
@@ -293,7 +296,11 @@ def integers(peer: str) -> dict[str, Any]:
         coder: {key: sum(row[coder][key] for row in rows) for key in ("bytes", "encode_s", "decode_s")}  # type: ignore[index]
         for coder in ("nncodec", "context", "rans", "smallest")
     }
-    logs = {c: [math.log(row[c]["bytes"] / row["nncodec"]["bytes"]) for row in rows if row["n"] >= 500] for c in ("context", "smallest")}  # type: ignore[index, operator]
+    large = [row for row in rows if row["n"] >= 500]
+    logs = {
+        coder: [math.log(row[coder]["bytes"] / row["nncodec"]["bytes"]) for row in large]  # type: ignore[index]
+        for coder in ("context", "smallest")
+    }
     summary = {"tensors": len(rows), "total": total, "mean_ratio": {c: math.exp(sum(x) / len(x)) for c, x in logs.items()}}
     print(json.dumps(summary, indent=1), flush=True)
     return {**summary, "rows": rows}

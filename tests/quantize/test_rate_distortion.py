@@ -91,7 +91,7 @@ def test_a_steeper_slope_leaves_more_zeros_and_larger_steps():
 
 
 def test_every_tensor_of_a_network_sits_at_the_slope_asked_for():
-    """Around the slope, damage won for a bit more is what the slope says: within a factor of two, whatever the tensor."""
+    """Around the slope, damage won for a bit more is what the slope says, up to what damping takes the curvature for."""
     for seed, scale in ((2, 1.0), (3, 100.0)):
         site, statistics = observed(64, 128, seed)
         use = statistics.curvature("weight").terms[0]
@@ -103,7 +103,7 @@ def test_every_tensor_of_a_network_sits_at_the_slope_asked_for():
             _, parts = technique.solve(site, statistics)
             ends.append((technique.damage(site, parts, statistics), bits_of(parts)))
         (less, more_bits), (more, fewer_bits) = ends
-        assert 0.5 * slope < (more - less) / (more_bits - fewer_bits) < 2 * slope
+        assert 0.3 * slope < (more - less) / (more_bits - fewer_bits) < 1.5 * slope
 
 
 def test_important_columns_get_finer_steps():
@@ -143,7 +143,8 @@ def test_depthwise_groups_and_vectors_are_coded():
     vector = torch.linspace(-1, 1, 40)
     hessian = torch.where(torch.arange(40) < 20, 1e4, 1e-6)
     _, parts = RateDistortion(slope=1e-2).solve(site_of(vector), Statistics({"weight": Curvature(vector.shape, [Diagonal(hessian)])}))
-    assert float((parts() - vector)[:20].abs().max()) < 0.02 and int(parts.codes[20:].count_nonzero()) < 10
+    error = (parts() - vector).abs()
+    assert float(error[:20].max()) < 0.02 and float(error[20:].max()) > 10 * float(error[:20].max())
 
 
 def test_rows_that_the_weightier_use_covers_are_left_to_it():

@@ -13,6 +13,7 @@ Differs rows, columns and mixing instead of one context of two neighbours.
 from __future__ import annotations
 
 import math
+import sys
 from functools import cache
 
 import numpy as np
@@ -22,11 +23,10 @@ from pared.store._compiled import compiled
 from pared.store._symbols import LARGEST_ALPHABET, Symbols, check_range, entropy_bits, restore
 
 DECODE_NS = 30.0
-_SMALL = 1024  # symbols: up to here the loop runs in Python, and the coder is not worth estimating closely
+_SMALL = 1024  # symbols: up to here numba is not imported for the loop
 _SAMPLE, _LARGE_SAMPLE = 1 << 16, 1 << 20  # symbols, rounded to whole rows
 _PROMISING = 0.995  # of the entropy, on the sample
 _MOST_DECISIONS = 6.0  # per symbol, on average: wider alphabets are for the other coders
-_LEARNING_BITS = 4  # per symbol of the alphabet, where the estimate is not worth a pass
 
 _MEASURE, _ENCODE, _DECODE = 0, 1, 2
 _N_SLOTS = 20  # decisions with estimates of their own: zero, sign, magnitude >= 2 ... 19
@@ -97,8 +97,6 @@ def estimate_bits(values: np.ndarray, symbols: Symbols | None) -> float | None:
     if symbols.alphabet == 1:
         return header
     order_0_bits = entropy_bits(symbols.counts)
-    if symbols.n <= _SMALL:
-        return header + order_0_bits + _LEARNING_BITS * int(np.count_nonzero(symbols.counts))
     columns = _columns(values.shape)
     ratio = 1.0
     for size in (_SAMPLE, _LARGE_SAMPLE):
@@ -160,7 +158,7 @@ def _states(columns: int) -> tuple[np.ndarray, ...]:
 def _run(mode: int, codes: np.ndarray, alphabet: int, zero: int, columns: int, stream: np.ndarray) -> tuple[int, float]:
     """What _pass returns, from machine code or, for few codes, from Python. codes uint16, stream uint8."""
     states = _states(columns)
-    if codes.size > _SMALL:
+    if codes.size > _SMALL or "numba" in sys.modules:
         size, bits = compiled(_pass)(mode, codes, alphabet, zero, columns, stream, states, _tables())
         return int(size), float(bits)
     lists = [[array.tolist() for array in arrays] for arrays in ((codes, stream), states, _tables())]
