@@ -142,7 +142,8 @@ def test_depthwise_groups_and_vectors_are_coded():
     assert parts().shape == filters.shape and float((parts() - filters).abs().max()) < 0.1
     vector = torch.linspace(-1, 1, 40)
     hessian = torch.where(torch.arange(40) < 20, 1e4, 1e-6)
-    _, parts = RateDistortion(slope=1e-2).solve(site_of(vector), Statistics({"weight": Curvature(vector.shape, [Diagonal(hessian)])}))
+    statistics = Statistics({"weight": Curvature(vector.shape, [Diagonal(hessian)])})
+    _, parts = RateDistortion(slope=1e-2).solve(site_of(vector), statistics)
     error = (parts() - vector).abs()
     assert float(error[:20].max()) < 0.02 and float(error[20:].max()) > 10 * float(error[:20].max())
 
