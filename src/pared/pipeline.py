@@ -96,7 +96,8 @@ def compress(
     Args:
         model: a trained network; it is not changed.
         task: its data, loss and metric.
-        recipe: a YAML file, the name of a shipped recipe, or a dict; None is the default recipe.
+        recipe: a YAML file, the name of a shipped recipe, or a dict; None is the default recipe, or without training,
+            macs and latency the recipe `smallest`.
         size: of the whole file: "20x", "5%", "1.2MB".
         macs: multiply-adds: "2x", "50%", "300M".
         latency: "3x" or "3x@onnxruntime".
@@ -116,6 +117,8 @@ def compress(
         BudgetError: even the smallest plan is above the budget; it was carried out, and the error's `result` holds it.
     """
     started = time.perf_counter()
+    if recipe is None and not train and macs is None and latency is None:
+        recipe = "smallest"
     chosen = recipes.load(recipe)
     asked = {"size": size, "macs": macs, "latency": latency, "max_drop": max_drop}
     job = _job(model, task, chosen, asked, train, out, seed, teachers, store or chosen.store, progress, command, started)

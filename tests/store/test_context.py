@@ -55,8 +55,8 @@ def test_measuring_gives_the_bytes_that_encoding_takes():
     symbols = Symbols.of(values)
     codes, room = symbols.codes.astype(np.uint16), np.zeros(100_000, np.uint8)
     zero = -symbols.lowest
-    _, bits = context._run(context._MEASURE, codes, symbols.alphabet, zero, 200, 8, np.zeros(0, np.uint8))
-    size, _ = context._run(context._ENCODE, codes, symbols.alphabet, zero, 200, 8, room)
+    _, bits = context._run(context._MEASURE, codes, symbols.alphabet, zero, 200, np.zeros(0, np.uint8))
+    size, _ = context._run(context._ENCODE, codes, symbols.alphabet, zero, 200, room)
     assert abs(bits - 8 * size) < 0.001 * bits + 16
 
 
@@ -74,17 +74,9 @@ def test_the_loop_stays_within_its_tables_under_bounds_checks():
     checked = numba.njit(context._pass, boundscheck=True)
     rng = np.random.default_rng(0)
     for alphabet in (2, 9, 300, 65_536):
-        for columns, block in ((1, 1), (7, 8), (30, 8), (25, 25)):
+        for columns in (1, 7, 30, 25):
             zero = int(rng.integers(0, alphabet))
             codes, stream = np.zeros(60 * columns, np.uint16), rng.integers(0, 256, 80).astype(np.uint8)
-            n_states = 66 * 20 + (columns + (columns - 1) // block + 1) * 4
-            states = (
-                np.full(n_states, 32768, np.int32),
-                np.zeros(n_states, np.int32),
-                np.full(100, 14418, np.int64),
-                np.zeros(5, np.int64),
-                np.zeros(5, np.int64),
-            )
-            size, _ = checked(2, codes, alphabet, zero, columns, block, stream, states, context._tables())
+            size, _ = checked(2, codes, alphabet, zero, columns, stream, context._states(columns), context._tables())
             assert size == -1 or codes.max() < alphabet
     assert compiled(context._pass) is compiled(context._pass)

@@ -1,0 +1,380 @@
+"""Integers chosen for the least damage and bits together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pared.numerics import as_rows, channel_axis, from_rows
+from pared.site import Site
+from pared.statistics import Curvature, Kronecker, Statistics
+from pared.technique import Structure, Technique, Tensors
+
+_INPUT_DAMPING, _GRADIENT_DAMPING, _FLOOR = 0.02, 0.3, 1e-4
+"""Off-diagonal shares of A and G that are not believed (they are estimates), and what is added to their diagonals."""
+_WIDEST = 1e6
+"""The largest ratio of importances within a tensor that scales follow."""
+_OCTAVE = 4
+"""Scales are powers of 2^(1/4): a step is free to choose, so finer ones would only cost bits."""
+_THRIFT = 0.3
+"""How much of the slope decides on a single weight: what rounding it the cheap way costs the weights after it is not
+seen, and at 1 the sum of damage and slope * bits comes out up to a fifth higher."""
+_FINEST = 256
+"""Where half of the codes are larger, nothing is to be gained from choosing them."""
+_TILE = 64, 128
+_SMALL = 1 << 16  # elements: below, rates are learnt in a pass of their own
+_N_LEVELS, _N_SIZES = 24, 18
+_LEARN_EVERY = 4096  # weights
+_PRIOR = 4.0  # weights that the rates' first guess counts for
+
+
+class RateDistortionStructure(Structure):
+    """How wide the codes are, and which axes have scales of their own."""
+
+    codes: Literal["int8", "int16"] = "int8"
+    rows: bool = True
+    columns: bool = False
+
+
+class RateDistortionDecoder(nn.Module):
+    """weight[o, i] = codes[o, i] * 2^((rows[o] + columns[i]) / 4); all integers, rows or columns may be a single one."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, axis: int, structure: RateDistortionStructure) -> None:
+        super().__init__()
+        self.shape, self.dtype, self.axis = shape, dtype, axis
+        n_rows, n_columns = _matrix_shape(shape, axis)
+        self.register_buffer("codes", torch.zeros(shape, dtype=getattr(torch, structure.codes)))
+        self.register_buffer("rows", torch.zeros(n_rows if structure.rows else 1, dtype=torch.int8))
+        if structure.columns:
+            self.register_buffer("columns", torch.zeros(n_columns, dtype=torch.int8))
+        self.register_buffer("powers", _powers(), persistent=False)
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of rows (rows, 1) and of columns (1, columns); float32."""
+        powers, rows = cast(Tensor, self.powers), cast(Tensor, self.rows)
+        columns = cast(Tensor, self.columns) if "columns" in self._buffers else torch.zeros_like(rows[:1])
+        return powers[rows.to(torch.int64) + 128][:, None], powers[columns.to(torch.int64) + 128][None]
+
+    def forward(self) -> Tensor:
+        rows, columns = self.scales()
+        codes = as_rows(cast(Tensor, self.codes), self.axis).to(torch.float32)
+        return from_rows(codes * rows * columns, self.shape, self.axis).to(self.dtype)
+
+
+class RateDistortion(Technique):
+    """Store each weight as an integer, rounded to where damage and bits together are least.
+
+    minimise   1/2 tr(G dW A dW^T) + slope * bits
+
+    A and G are factored into triangles, which turns the damage into a sum of squares: a sweep over rows and columns rounds
+    one weight after the other, against the error that those before it have left (GPTQ, on both sides). The integer with
+    the least damage + slope * bits is taken, bits by an adaptive model of the file's coder, so zeros come by themselves.
+    The step of each row and column is what the slope asks for: important ones get finer steps. With one slope for all
+    tensors no bit could do more good elsewhere.
+
+    Acts on   every floating-point parameter and buffer of 4 elements or more.
+    Stores    what the coder makes of the codes; a byte per row and column, where scales of their own pay.
+    Reads     curvature, if there is one; without, every weight of a tensor matters the same.
+    Refuses   nothing.
+    Paper     Conzelmann & Bamler 2025, arXiv:2505.18758 (rate-aware rounding with compensation); Frantar et al. 2022,
+              arXiv:2210.17323 (the sweep); Tseng et al. 2025, arXiv:2505.22988 (compensation on both sides).
+    Differs   steps by row and column from the slope alone, in powers of 2^(1/4); least important rows and columns first.
+    """
+
+    acts_on: ClassVar = Tensors(min_elements=4)
+    reads: ClassVar = (Curvature,)
+    paper: ClassVar = "arXiv:2505.18758"
+    structure_type: ClassVar = RateDistortionStructure
+    ladder: ClassVar = ({"slope": 1e-7}, {"slope": 3e-6}, {"slope": 3e-5})
+
+    slope: float = Field(
+        default=1e-7, gt=0, le=1, allow_inf_nan=False,
+        description="damage that a bit is worth, in the loss's unit per example (nats): larger is smaller",
+    )  # fmt: skip
+
+    def decide(self, site: Site, statistics: Statistics) -> RateDistortionStructure:
+        if site.tensor.is_meta:
+            return RateDistortionStructure(rows=site.tensor.ndim > 1)
+        return self._plan(site, statistics).structure
+
+    def build(self, site: Site, structure: Structure) -> RateDistortionDecoder:
+        axis = channel_axis(site.owner)
+        return RateDistortionDecoder(site.tensor.shape, site.tensor.dtype, axis, cast(RateDistortionStructure, structure))
+
+    def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
+        decoder = cast(RateDistortionDecoder, parts)
+        plan = self._plan(site, statistics, decoder)
+        cast(Tensor, decoder.rows).copy_(torch.from_numpy(plan.rows))
+        if "columns" in decoder._buffers:
+            cast(Tensor, decoder.columns).copy_(torch.from_numpy(plan.columns))
+        codes = plan.codes(self.slope).reshape(_matrix_shape(decoder.shape, decoder.axis))
+        cast(Tensor, decoder.codes).copy_(from_rows(torch.from_numpy(codes), decoder.shape, decoder.axis))
+
+    def _plan(self, site: Site, statistics: Statistics, decoder: RateDistortionDecoder | None = None) -> _Plan:
+        axis = channel_axis(site.owner)
+        weight = as_rows(site.tensor.detach().float().cpu(), axis).numpy()
+        curvature = statistics.curvature(site.covers[0])
+        if curvature is not None:
+            blocks = _known_blocks(curvature, axis)
+        else:
+            norm = float(np.square(weight, dtype=np.float64).sum())
+            everything = np.arange(weight.size).reshape(weight.shape)
+            blocks = [_Block(everything, np.full(weight.shape, 1 / norm if norm > 0 else 1.0, np.float32), None, None)]
+        return _Plan(weight, blocks, self.slope, decoder)
+
+
+@dataclass
+class _Block:
+    """A matrix whose damage is 1/2 sum importance[i, j] (ug^T dW ua)[i, j]^2, ug and ua unit upper triangular.
+
+    `places` (m, n): where its elements lie in the tensor's rows, flat.
+    """
+
+    places: np.ndarray
+    importance: np.ndarray
+    ua: np.ndarray | None
+    ug: np.ndarray | None
+
+
+_last: list[tuple[Curvature, int, list[_Block]]] = []
+"""The blocks that were made last: a site is tried at many slopes one after the other."""
+
+
+def _known_blocks(curvature: Curvature, axis: int) -> list[_Block]:
+    if not (_last and _last[0][0] is curvature and _last[0][1] == axis):
+        _last[:] = [(curvature, axis, list(_blocks(curvature, axis)))]
+    return _last[0][2]
+
+
+def _blocks(curvature: Curvature, axis: int) -> Iterator[_Block]:
+    """The tensor's matrices, the one that matters most first; elements that no matrix covers come as one by themselves."""
+    numel = curvature.shape.numel()
+    places_in_rows = as_rows(torch.arange(numel).reshape(curvature.shape), axis).reshape(-1)
+    order = torch.empty_like(places_in_rows).index_copy_(0, places_in_rows, torch.arange(numel)).numpy()
+    covered = np.zeros(numel, bool)
+    flat = torch.arange(numel, dtype=torch.float64).reshape(curvature.shape)
+    uses = sorted((term for term in curvature.terms if isinstance(term, Kronecker)), key=Kronecker.trace, reverse=True)
+    for use in uses:
+        places = use.as_matrix(flat).detach().numpy()
+        index = np.rint(places).astype(np.int64)
+        if np.abs(places - index).max() > 0 or index.max() >= numel or covered[index].any():
+            continue  # no view of single elements, or of some that a weightier use covers
+        before = np.count_nonzero(covered)
+        covered[index] = True
+        if np.count_nonzero(covered) - before < index.size:
+            raise ValueError(f"a use as a matrix must show every element once, {index.shape} of {tuple(curvature.shape)} does not")
+        for group, inside in enumerate(index):
+            yield _factored(order[inside], use.inputs[group].numpy(), use.gradients[group].numpy())
+    rest = np.flatnonzero(~covered)
+    if len(rest):
+        importance = curvature.diagonal().reshape(-1).numpy()[rest].astype(np.float32)
+        least = float(importance.mean()) * _FLOOR + 1e-30
+        yield _Block(order[rest][None], importance[None] + np.float32(least), None, None)
+
+
+def _factored(places: np.ndarray, inputs: np.ndarray, gradients: np.ndarray) -> _Block:
+    by_column, ua, columns = _triangle(inputs, _INPUT_DAMPING)
+    by_row, ug, rows = _triangle(gradients, _GRADIENT_DAMPING)
+    return _Block(places[np.ix_(rows, columns)], np.outer(by_row, by_column).astype(np.float32), ua, ug)
+
+
+def _triangle(matrix: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """D, U and the order of sides with M[order][:, order] ~ U D U^T, U unit upper triangular; least diagonal first.
+
+    A side whose off-diagonals are unknown: a diagonal of counts, where what was never seen counts half of the least seen.
+    """
+    if matrix.ndim == 1 or len(matrix) == 1:
+        diagonal = matrix.reshape(-1).astype(np.float64)
+        seen = diagonal[diagonal > 0]
+        order = np.argsort(diagonal, kind="stable")
+        return np.maximum(diagonal[order], seen.min() / 2 if len(seen) else 1e-30), None, order
+    diagonal = np.diagonal(matrix).astype(np.float64)
+    order = np.argsort(diagonal, kind="stable")
+    m = matrix.astype(np.float64) * (1 - damping)
+    m[np.diag_indices(len(m))] += damping * diagonal + _FLOOR * diagonal.mean() + 1e-30
+    backwards = order[::-1]
+    lower = np.linalg.cholesky(m[np.ix_(backwards, backwards)])
+    root = np.diagonal(lower).copy()
+    return root[::-1] ** 2, np.ascontiguousarray((lower / root)[::-1, ::-1], np.float32), order
+
+
+class _Plan:
+    """Scales of a tensor's rows and columns for a slope, and the codes that go with them."""
+
+    def __init__(self, weight: np.ndarray, blocks: list[_Block], slope: float, decoder: RateDistortionDecoder | None) -> None:
+        self.weight, self.blocks = weight.reshape(-1), blocks
+        importance = np.empty(weight.size, np.float32)
+        for block in blocks:
+            importance[block.places.reshape(-1)] = block.importance.reshape(-1)
+        log = np.log2(np.maximum(importance, importance.max() / np.float32(_WIDEST)), dtype=np.float32).reshape(weight.shape)
+        by_row, by_column = log.mean(1, dtype=np.float64), log.mean(0, dtype=np.float64)
+        if decoder is None:
+            has_rows, has_columns = _pays(by_row, weight.size), _pays(by_column, weight.size)
+        else:
+            has_rows, has_columns = len(cast(Tensor, decoder.rows)) > 1, "columns" in decoder._buffers
+        columns = -by_column / 2 if has_columns else np.zeros(1)
+        self.columns = np.rint(_OCTAVE * (columns - columns.mean())).clip(-128, 127).astype(np.int8)
+        rest = log + 2 / _OCTAVE * self.columns.astype(np.float32)
+        with np.errstate(under="ignore"):
+            mean = np.log2(np.exp2(rest).mean(1 if has_rows else None, dtype=np.float64))
+        # half the slope of damage 1/2 h step^2 / 12 at high rates, where a bit quarters it
+        rows = np.atleast_1d(math.log2(12 * slope / math.log(2)) / 2 - mean / 2)
+        self.rows = np.rint(_OCTAVE * rows).clip(-128, 127).astype(np.int8)
+        self.scales = [2.0 ** (np.broadcast_to(e, n) / _OCTAVE) for e, n in zip((self.rows, self.columns), weight.shape)]
+        spread = self.scales[0][:, None] * self.scales[1][None]
+        self.steps = spread.astype(np.float32).reshape(-1)
+        if decoder is None:
+            fits = float((np.abs(self.weight) / self.steps).max()) < 100
+            self.structure = RateDistortionStructure(codes="int8" if fits else "int16", rows=has_rows, columns=has_columns)
+        else:
+            self.most = int(torch.iinfo(cast(Tensor, decoder.codes).dtype).max)
+
+    def codes(self, slope: float) -> np.ndarray:
+        """Integers in the order of the rows, flat."""
+        codes = np.zeros(self.weight.size, np.int32)
+        np.rint(np.sign(self.weight) * np.maximum(np.abs(self.weight) / self.steps - 0.2, 0), out=codes, casting="unsafe")
+        sizes = np.abs(self.weight) / self.steps
+        if not codes.any() or float(np.median(sizes)) > _FINEST:
+            return codes.clip(-self.most, self.most)
+        counts = np.zeros((_N_LEVELS, _N_SIZES))
+        for last in (False, True) if self.weight.size < _SMALL else (True,):
+            expected = _expected(codes.reshape(len(self.scales[0]), -1))
+            for block in self.blocks:
+                _sweep_block(self, block, _THRIFT * slope, expected, counts, codes)
+            if not last:
+                counts *= 0.5
+        return codes
+
+
+def _pays(by_line: np.ndarray, n_weights: int) -> bool:
+    """Whether scales of their own for lines of such log-importances save more bits than they cost."""
+    arithmetic = float(np.log2(np.exp2(by_line - by_line.max()).mean()) + by_line.max())
+    return len(by_line) > 1 and n_weights * (arithmetic - float(by_line.mean())) / 4 > 3 * len(by_line) + 128
+
+
+def _expected(codes: np.ndarray) -> np.ndarray:
+    """The magnitude that is expected of each weight, from the means of its row and column; flat float32."""
+    size = np.minimum(np.abs(codes), _N_SIZES)
+    rows, columns, mean = size.mean(1), size.mean(0), size.mean() + 1e-3
+    rows = (rows * codes.shape[1] + 4 * mean) / (codes.shape[1] + 4)
+    columns = (columns * codes.shape[0] + 2 * mean) / (codes.shape[0] + 2)
+    return (rows[:, None] * (columns / mean)[None]).astype(np.float32).reshape(-1)
+
+
+def _sweep_block(plan: _Plan, block: _Block, slope: float, expected: np.ndarray, counts: np.ndarray, codes: np.ndarray) -> None:
+    """Round one matrix, tile by tile; matrix products carry errors from tile to tile."""
+    weight, steps, expected = (x[block.places] for x in (plan.weight, plan.steps, expected))
+    m, n = weight.shape
+    left, error = np.zeros((m, n), np.float32), np.zeros((m, n), np.float32)  # W - W', and (W - W') ua
+    found = np.zeros((m, n), np.int32)
+    rates = np.zeros((_N_LEVELS, _N_SIZES))
+    tile = _compiled_tile()
+    for start in range(0, n, _TILE[1]):
+        columns = slice(start, min(start + _TILE[1], n))
+        carried = np.zeros((m, columns.stop - start), np.float32)
+        if block.ua is not None and start:
+            carried = left[:, :start] @ block.ua[:start, columns]
+        for top in range(0, m, _TILE[0]):
+            rows = slice(top, min(top + _TILE[0], m))
+            above = np.zeros((rows.stop - top, columns.stop - start), np.float32)
+            if block.ug is not None and top:
+                above = block.ug[:top, rows].T @ error[:top, columns]
+            ua = np.zeros((0, 0), np.float32) if block.ua is None else block.ua[columns, columns]
+            ug = np.zeros((0, 0), np.float32) if block.ug is None else block.ug[rows, rows]
+            arguments = (weight, steps, expected, block.importance)
+            tile(*(x[rows, columns] for x in arguments), carried[rows], above, ua, ug, slope, plan.most, counts, rates,
+                 found[rows, columns], left[rows, columns], error[rows, columns])  # fmt: skip
+    codes[block.places.reshape(-1)] = found.reshape(-1)
+
+
+def _tile(
+    weight, steps, expected, importance, carried, above, ua, ug, slope, most, counts, rates, found, left, error
+):  # fmt: skip
+    """Round the weights of one tile; carried and above are the errors of columns and rows before it."""
+    m, n = weight.shape
+    seen = _LEARN_EVERY
+    for i in range(m):
+        for j in range(n):
+            if seen == _LEARN_EVERY:
+                learn(counts, rates)
+                seen = 0
+            seen += 1
+            target = weight[i, j] + carried[i, j] + above[i, j]
+            step = steps[i, j]
+            near = 0.75 * expected[i, j]
+            if j > 0 and i > 0:
+                near += 0.125 * (min(abs(found[i, j - 1]), _N_SIZES) + min(abs(found[i - 1, j]), _N_SIZES))
+            else:
+                near += 0.25 * expected[i, j]
+            level = min(max(int(2.0 * math.log2(near + 1e-4) + 16.5), 0), _N_LEVELS - 1)
+            size = abs(target) / step
+            harm = 0.5 * importance[i, j] * step * step
+            best, least = 0, harm * size * size + slope * rates[level, 0]
+            nearest = int(min(size, most))
+            for candidate in range(max(1, nearest - 1), min(nearest + 1, most) + 1):
+                bits = rates[level, min(candidate, _N_SIZES - 1)]
+                if candidate >= _N_SIZES - 1:
+                    bits += 2 * math.log2(candidate - _N_SIZES + 2.0) + 1
+                loss = harm * (size - candidate) * (size - candidate) + slope * bits
+                if loss < least:
+                    best, least = candidate, loss
+            counts[level, min(best, _N_SIZES - 1)] += 1
+            code = best if target > 0 else -best
+            found[i, j] = code
+            difference = weight[i, j] - step * code
+            left[i, j] = difference
+            error[i, j] = difference + carried[i, j]
+            if difference != 0 and ua.size:
+                for k in range(j + 1, n):
+                    carried[i, k] += difference * ua[j, k]
+        if ug.size:
+            for k in range(i + 1, m):
+                for j in range(n):
+                    above[k, j] += ug[i, k] * error[i, j]
+
+
+def _learn(counts, rates):
+    """Bits of every size at every expected magnitude: geometric at first, then as counted. Signs are included."""
+    for level in range(_N_LEVELS):
+        mean = 2.0 ** ((level - 16) / 2)
+        ratio = mean / (1 + mean)
+        total = _PRIOR
+        for size in range(_N_SIZES):
+            total += counts[level, size]
+        probability = 1 - ratio
+        for size in range(_N_SIZES):
+            guess = probability if size < _N_SIZES - 1 else probability / (1 - ratio)
+            rates[level, size] = math.log2(total / (counts[level, size] + _PRIOR * (guess + 1e-6))) + (size > 0)
+            probability *= ratio
+
+
+learn: Any = _learn
+
+
+@cache
+def _compiled_tile() -> Any:
+    """The loops in machine code; numba takes half a second to import, which nobody else shall pay."""
+    global learn
+    import numba
+
+    learn = numba.njit(_learn, cache=True)
+    return numba.njit(_tile, cache=True)
+
+
+@cache
+def _powers() -> Tensor:
+    """2^(e / 4) for e = -128 ... 127: quarter powers as stored constants, so that every machine decodes the same."""
+    quarter = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
+    return torch.tensor([math.ldexp(quarter[e % _OCTAVE], e // _OCTAVE) for e in range(-128, 128)], dtype=torch.float32)
+
+
+def _matrix_shape(shape: torch.Size, axis: int) -> tuple[int, int]:
+    return (shape[axis], shape.numel() // shape[axis]) if len(shape) > 1 else (1, shape.numel())
