@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from pared import store
 from pared.errors import RecipeError
 from pared.settings import Settings, explain
-from pared.site import Decoded, Site, install_, module_sites, tensor_sites
+from pared.site import Decoded, Site, install_, module_sites, network_site, tensor_sites
 from pared.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ class Modules:
 
 
 @dataclass(frozen=True)
+class Network:
+    """Acts on the network as a whole, wherever it is named: what it does follows from how values flow, and it is no
+    choice of the allocator, since it saves no bits by itself."""
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a part of the network costs. Costs add up.
 
@@ -73,12 +79,14 @@ class Cost:
 class Technique(Settings):
     """Replaces tensors by codes or modules by cheaper modules; or shapes training; or prepares a model by an exact rewrite."""
 
-    acts_on: ClassVar[Tensors | Modules | None] = None
+    acts_on: ClassVar[Tensors | Modules | Network | None] = None
     reads: ClassVar[tuple[type, ...]] = ()
     paper: ClassVar[str] = ""
     structure_type: ClassVar[type[Structure]] = Structure
     ladder: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Settings from gentle to harsh, with which the conformance suite runs."""
+    exact: ClassVar[bool] = False
+    """Whether it only rewrites: the network computes the same before and after. Such techniques come first in a recipe."""
 
     @property
     def name(self) -> str:
@@ -86,9 +94,10 @@ class Technique(Settings):
         return ".".join(type(self).__module__.split(".")[-2:])
 
     @property
-    def kind(self) -> Literal["tensor", "module"] | None:
-        """What sort of site it replaces; None if it replaces nothing."""
-        return {Tensors: "tensor", Modules: "module", type(None): None}[type(self.acts_on)]
+    def kind(self) -> Literal["tensor", "module", "network"] | None:
+        """What it changes; None if it changes nothing."""
+        kinds: dict[type, Any] = {Tensors: "tensor", Modules: "module", Network: "network", type(None): None}
+        return kinds[type(self.acts_on)]
 
     def __str__(self) -> str:
         """Name and settings; of those at their default only the first, which is the one that matters most."""
@@ -107,6 +116,8 @@ class Technique(Settings):
                     yield site
         elif isinstance(self.acts_on, Modules):
             yield from module_sites(model, self.acts_on.classes)
+        elif isinstance(self.acts_on, Network):
+            yield network_site(model)
 
     def refuse(self, site: Site) -> str | None:
         """The reason why it leaves the site alone, or None."""
@@ -119,7 +130,8 @@ class Technique(Settings):
     def build(self, site: Site, structure: Structure) -> nn.Module:
         """The cheaper parts, from shapes, settings and structure alone; values are arbitrary until `fit`.
 
-        Tensor site: a module without inputs that returns the tensor. Module site: a module that takes its place.
+        Tensor site: a module without inputs that returns the tensor. Module site: a module that takes its place. The
+        whole network: the network, changed in place.
         """
         raise NotImplementedError(f"{type(self).__name__} replaces nothing")
 
@@ -176,8 +188,8 @@ class Technique(Settings):
             return None
         return curvature.damage(weight.float().cpu() - value_at(site.root, site.covers[0]).float().cpu())
 
-    def lower(self, parts: nn.Module) -> Any:
-        """What a runtime should execute; None means the decoded dense tensor (or the parts as they are)."""
+    def lower(self, parts: nn.Module) -> nn.Module | None:
+        """For export, the decoder written in the operators of `pared.lowered`; None means the decoded dense tensor."""
         return None
 
     # -- it shapes training --------------------------------------------------------------------------------------------
@@ -334,6 +346,10 @@ class Chain(Technique):
         for technique in links:
             if technique.kind is None:
                 raise RecipeError(f"a chain must hold techniques that replace something; {technique.name} does not")
+            if technique.kind == "network":
+                raise RecipeError(
+                    f"{technique.name} acts on the whole network and cannot be part of a chain; give it a step of its own"
+                )
         for later in links[1:]:
             if later.kind == "module":
                 raise RecipeError(
@@ -350,7 +366,7 @@ class Chain(Technique):
         return self.techniques[0]
 
     @property
-    def kind(self) -> Literal["tensor", "module"] | None:
+    def kind(self) -> Literal["tensor", "module", "network"] | None:
         return self.first.kind
 
     def __str__(self) -> str:
@@ -592,13 +608,15 @@ class Edit:
     structure: Structure
 
     def site(self, model: nn.Module) -> Site:
-        kind = cast(Literal["tensor", "module"], self.technique.kind)
+        kind = self.technique.kind
+        if kind == "network":
+            return network_site(model)
         if kind == "module":
             target = model.get_submodule(self.paths[0])
             match = [s for s in self.technique.sites(model) if s.path == self.paths[0]]
             covers = match[0].covers if match else tuple(f"{self.paths[0]}.{n}" for n, _ in target.named_parameters())
-            return Site(model, self.paths, kind, covers)
-        return Site(model, self.paths, kind, (self.paths[0],))
+            return Site(model, self.paths, "module", covers)
+        return Site(model, self.paths, "tensor", (self.paths[0],))
 
     def replay_(self, model: nn.Module, *, cache: bool = True) -> nn.Module:
         """Build the parts on a model of the original class, in place; returns the parts, whose values are still arbitrary."""
