@@ -27,6 +27,7 @@ from pared import recipe as recipes
 from pared.budget import damage
 from pared.budget.allocate import Plan, allocate, curve, smallest
 from pared.budget.calibrate import gather
+from pared.budget.observe import observe
 from pared.budget.options import fixed_bits, options
 from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
 from pared.errors import BudgetError, InputError
@@ -41,6 +42,7 @@ from pared.place import (
     check_finite,
     place,
     place_buffers_,
+    place_everywhere,
     prepared,
     relax_,
     settle_,
@@ -53,7 +55,7 @@ from pared.runtimes import session
 from pared.site import Decoded, duplicate, plain
 from pared.statistics import Statistics
 from pared.task import Task, batch_size, in_order
-from pared.technique import Edit, Option, as_numpy, value_at
+from pared.technique import Edit, Option, Technique, as_numpy, value_at
 from pared.train import train as train_loop
 
 MAX_TRIALS = 6
@@ -227,14 +229,23 @@ class _Run:
         task.check(model)
         self.original = duplicate(model).eval().requires_grad_(False)
         self.base, self.bakes = prepared(model)
+        self.before, self.steps, self.after = self.recipe.parts()
+        self.example = task.example(self.original)
+        for technique in self.before:
+            self.bakes += self._over_the_network(self.base, technique)
         _trainable_(self.base)
         self.original_bytes = original_bytes(self.original)
-        self.example = task.example(self.original)
         self.target = self._target()
         self.folder = RunFolder(out, self._identity())
-        self.steps = [step for step in self.recipe.steps if step.replaces]
         self.correction = 1.0
         self.trials: list[Trial] = []
+
+    def _over_the_network(self, model: nn.Module, technique: Technique) -> list[Edit]:
+        """Let a technique act on the whole network, in place; where there is nothing for it to do, that is said."""
+        edits, refusals = place_everywhere(model, technique, observe(model, self.task, [technique], self.example))
+        for refusal in refusals:
+            self.progress({"say": f"{technique}: {refusal.reason}"})
+        return edits
 
     # -- what is asked -------------------------------------------------------------------------------------------------
 
@@ -558,6 +569,8 @@ class _Run:
                     new = place(model, level, statistics)
                 edits += new
             model.eval()
+            for technique in self.after:
+                edits += self._over_the_network(model, technique)
         attach_(model, self._record(edits, levels))
         file_bytes = self._weigh(model, number)
         self.correction = 8 * file_bytes / max(predicted, 1.0)

@@ -24,7 +24,8 @@ _JOINING = {"add": 2, "cat": 2, "max_pool2d": 1, "avg_pool2d": 1, "adaptive_avg_
 """Operators that work on integers where all that they read and what they give are integers; how many they read at least."""
 _PADDING = ("pad", "constant_pad_nd")
 _VIEWS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", *_PADDING)
-_N_CANDIDATES = 60
+N_CANDIDATES, SMALLEST = 48, 0.05
+"""How many ends of a range are tried, and the smallest, as a share of the largest value seen."""
 
 
 class Place(BaseModel):
@@ -187,10 +188,11 @@ def names(side: str) -> tuple[str, str]:
 
 
 def _shrunk(end: float) -> list[float]:
-    """Ends of the range that are tried: all of it, and less."""
+    """Ends of the range that are tried: all of it, and less, by equal factors."""
     if end == 0:
         return [0.0]
-    return [end * share for share in torch.linspace(1.0, 0.3, _N_CANDIDATES if end > 0 else _N_CANDIDATES // 3).tolist()]
+    n = N_CANDIDATES if end > 0 else N_CANDIDATES // 2
+    return [end * SMALLEST ** (number / (n - 1)) for number in range(n)]
 
 
 def _below(scale: float) -> float:

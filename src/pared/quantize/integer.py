@@ -169,19 +169,14 @@ class Integer(Technique):
     def encode(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         decoder = cast(IntegerDecoder, parts)
         rows = self._rows(site, decoder.axis)
-        scale = decoder.scale.to(torch.float32).repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
+        scale = decoder.scale.detach().to(torch.float32).repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
         shape = site.tensor.shape
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         curvature = statistics.curvature(site.covers[0]) if self.rounding == "compensated" else None
-        use = curvature.matrix() if curvature is not None else None
-        if use is not None and use.inputs.ndim == 3:
-            spread = decoder.spread() if self.group != "tensor" else scale
-            value = site.tensor.float()
+        if curvature is not None:
+            spread = scale if self.group == "tensor" else decoder.spread().detach()
             full = spread.reshape(shape) if self.group == "tensor" else from_rows(spread, shape, decoder.axis)
-            codes = _swept(use, value, full, low, high)
-            nearest = (value / full).round_().clamp_(low, high)
-            kept = curvature is None or curvature.damage(codes * full - value) <= curvature.damage(nearest * full - value)
-            cast(Tensor, decoder.codes).copy_((codes if kept else nearest).to(torch.int8))
+            cast(Tensor, decoder.codes).copy_(compensated(curvature, site.tensor.float(), full, low, high))
             return
         codes = (rows / scale).round_().clamp_(low, high).to(torch.int8)
         cast(Tensor, decoder.codes).copy_(
@@ -223,16 +218,28 @@ class Integer(Technique):
         return h.reshape(1, -1) if self.group == "tensor" else as_rows(h, decoder.axis)
 
 
-def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Codes of the tensor, column by column of its matrix: what rounding a column costs is made good by those after it."""
+def compensated(curvature: Curvature, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Codes, of the tensor's shape, of which each makes good what those before it lost; the nearest ones where no second
+    moments of inputs are at hand, or where those predict that nothing is gained."""
+    nearest = (value / scale).round_().clamp_(low, high)
+    codes = nearest.flatten().clone()
     numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape)
-    places = use.as_matrix(numbers)
+    uses = [term for term in curvature.terms if isinstance(term, Kronecker) and term.inputs.ndim == 3]
+    for use in sorted(uses, key=Kronecker.trace):
+        codes[use.as_matrix(numbers)] = _swept(use, value, scale, low, high)
+    found = codes.reshape(value.shape)
+    gains = curvature.damage((found * scale - value).cpu()) <= curvature.damage((nearest * scale - value).cpu())
+    return found if gains else nearest
+
+
+def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Codes as (groups, m, n), column by column: what rounding a column costs is made good by those after it."""
     w, s = use.as_matrix(value).double(), use.as_matrix(scale).double()
     a = use.inputs.to(value.device).double()
     energy = a.diagonal(dim1=1, dim2=2)
     damping = DAMPING * energy.mean(1).clamp_min(1e-6 * float(energy.mean()) + 1e-30)
     order = energy.argsort(1, descending=True)
-    n_groups, n = order.shape
+    n = order.shape[1]
     across = order[:, None].expand(w.shape)
     a = a.gather(1, order[:, :, None].expand(a.shape)).gather(2, order[:, None].expand(a.shape))
     a = a + damping[:, None, None] * torch.eye(n, dtype=a.dtype, device=a.device)
@@ -248,9 +255,7 @@ def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: int, high: int) ->
             w[:, :, j + 1 : stop] -= error[:, :, None] * upper[:, None, j, j + 1 : stop]
             errors[:, :, j - start] = error
         w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    flat = torch.zeros(value.numel(), dtype=value.dtype, device=value.device)
-    flat[places.gather(2, across).flatten()] = codes.to(value.dtype).flatten()
-    return flat.reshape(value.shape)
+    return torch.zeros_like(codes).scatter_(2, across, codes).to(value.dtype)
 
 
 def _rows(shape: torch.Size, axis: int) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pared.errors import ExportError
+
 OPSET = 21
 """The first with scales for groups of weights and with 4-bit integers."""
 UINT8, INT32 = 2, 6
@@ -16,9 +18,11 @@ _RESHAPING = ("Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", 
 _PRODUCTS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
 
-def table() -> dict[Any, Callable[..., Any]]:
+def table(opset: int) -> dict[Any, Callable[..., Any]]:
     """What the exporter writes for each operator."""
-    from onnxscript import opset21 as op
+    import onnxscript
+
+    op = getattr(onnxscript, f"opset{min(max(opset, 13), OPSET)}")
 
     def quantize(input: Any, scale: Any, zero_point: Any, bits: int) -> Any:
         codes = op.QuantizeLinear(input, scale, zero_point)
@@ -26,7 +30,9 @@ def table() -> dict[Any, Callable[..., Any]]:
         return codes if bits == 8 else op.Min(codes, largest)
 
     def dequantize(codes: Any, scale: Any, zero_point: Any, axis: int, group: int, bits: int) -> Any:
-        return op.DequantizeLinear(codes, scale, zero_point, axis=axis, block_size=group)
+        if group and opset < OPSET:
+            raise ExportError(f"scales for groups of weights need ONNX's opset {OPSET} or newer, got {opset}; leave it out")
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis, **({"block_size": group} if group else {}))
 
     def lookup(table: Any, codes: Any) -> Any:
         indices: Any = op.Cast(codes, to=INT32)
@@ -175,7 +181,15 @@ def _strip(model: Any) -> None:
         value.metadata_props.clear()
         if not value.uses() and value not in results:
             del model.graph.initializers[name]
+        elif (short := _short(name)) not in model.graph.initializers:
+            value.name = short
     model.metadata_props.clear()
+
+
+def _short(name: str) -> str:
+    """root.conv.parametrizations.weight.0.decoder.codes is known as conv.weight_codes."""
+    owner, coded, rest = name.removeprefix("root.").partition("parametrizations.")
+    return f"{owner}{rest.replace('.0.decoder.', '_')}" if coded else owner
 
 
 def _round_bias(model: Any, node: Any) -> None:
