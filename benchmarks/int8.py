@@ -35,7 +35,7 @@ from pared.task import in_order
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "int8.json"
 NETS = {
-    "efficientnet_lite0": ("examples/efficientnet_lite0.py:efficientnet_lite0", "photographs", 144),
+    "efficientnet_lite0": ("examples/efficientnet_lite0.py:efficientnet_lite0", "photographs", 48),
     "small_resnet": ("examples/small_resnet.py:small_resnet_trained", "fashion-mnist", 512),
     "resnet18": ("timm:resnet18", None, 32),
 }

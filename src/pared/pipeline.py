@@ -27,6 +27,7 @@ from pared import recipe as recipes
 from pared.budget import damage
 from pared.budget.allocate import Plan, allocate, curve, smallest
 from pared.budget.calibrate import gather
+from pared.budget.layer_latency import LatencyTable, slower
 from pared.budget.observe import observe
 from pared.budget.options import fixed_bits, options
 from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
@@ -518,8 +519,15 @@ class _Run:
     def _search_latency(self) -> tuple[Trial, bool, str]:
         wanted = self.target.speedup or 1.0
         macs = self.target.macs or self.total_macs / wanted
-        args, kwargs = self.example
         trial, speedup = None, 0.0
+        if self.after and self.target.file_bytes is None:  # integers are faster at the same number of MACs
+            plans = [(way, smallest(way.options)) for way in self.ways]
+            chosen = min(plans, key=lambda pair: pair[0].fixed_bits + pair[1].cost.stored_bits)
+            trial = self._carry_out(chosen, 0.0, trained=False)
+            speedup = self.folder.memo(f"speedup-{trial.number}", partial(self._speedup, trial.model))
+            self._say(f"{speedup:.2f}x faster in {self.target.runtime} at all of the MACs")
+            if speedup >= wanted:
+                return trial, self._accepts(trial), "" if self._accepts(trial) else self._miss(trial)
         for _ in range(4):
             trial = self._at_size(self.target.file_bytes, macs, trained=False)
             speedup = self.folder.memo(f"speedup-{trial.number}", partial(self._speedup, trial.model))
@@ -570,7 +578,7 @@ class _Run:
                 edits += new
             model.eval()
             for technique in self.after:
-                edits += self._over_the_network(model, technique)
+                edits += self._over_the_network(model, technique.leaving(self._slower(plan.options)))
         attach_(model, self._record(edits, levels))
         file_bytes = self._weigh(model, number)
         self.correction = 8 * file_bytes / max(predicted, 1.0)
@@ -590,6 +598,17 @@ class _Run:
             f"drop {trial.drop.value:.2f} {trial.drop.unit} on validation"
         )
         return trial
+
+    def _slower(self, options: Sequence[Option]) -> list[str]:
+        """Layers that the techniques of this plan make slower in the runtime that is asked for; none where none is."""
+        if self.target.speedup is None:
+            return []
+        used = list(dict.fromkeys(option.technique for option in options if option.technique is not None))
+        table = LatencyTable(self.target.runtime)
+        found = slower(self.base, self.example, [*used[:1], *self.after], table)
+        for path, (before, after) in found.items():
+            self._say(f"{path} stays as it is: {after:.3f} ms instead of {before:.3f} ms in {self.target.runtime}")
+        return list(found)
 
     def _record(self, edits: list[Edit], levels: Sequence[Sequence[Option]]) -> Record:
         facts = {"original_bytes": self.original_bytes}

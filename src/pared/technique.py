@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -191,6 +191,10 @@ class Technique(Settings):
     def lower(self, parts: nn.Module) -> nn.Module | None:
         """For export, the decoder written in the operators of `pared.lowered`; None means the decoded dense tensor."""
         return None
+
+    def leaving(self, paths: Sequence[str]) -> Technique:
+        """Of the whole network: the same but for these modules, which it is to leave as they are. Default: itself."""
+        return self
 
     # -- it shapes training --------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -87,6 +87,9 @@ class Activations(Technique):
     scheme: Literal["affine", "symmetric"] = Field(
         default="affine", description="zero point anywhere in the range, or in its middle"
     )
+    keep: str = Field(
+        default="", pattern=r"^[\w.,]*$", description="modules left in floating point: their paths, with commas between"
+    )
 
     def refuse(self, site: Site) -> str | None:
         layers = (nn.modules.conv._ConvNd, nn.Linear)
@@ -97,7 +100,7 @@ class Activations(Technique):
     def decide(self, site: Site, statistics: Statistics) -> ActivationsStructure:
         if statistics.flow is None:
             return ActivationsStructure()
-        ports = Placement(statistics.flow).ports()
+        ports = Placement(statistics.flow, tuple(path for path in self.keep.split(",") if path)).ports()
         return ActivationsStructure(places=tuple(Place(module=port.module, side=port.side) for port in ports))
 
     def build(self, site: Site, structure: Structure) -> nn.Module:
@@ -166,6 +169,9 @@ class Activations(Technique):
         p, q = weights[seen] / weights.sum(), spread[seen] / weights.sum()
         return float((p * (p / q).log()).sum()) + 20 * lost
 
+    def leaving(self, paths: Sequence[str]) -> Activations:
+        return self.model_copy(update={"keep": ",".join(dict.fromkeys([*filter(None, self.keep.split(",")), *paths]))})
+
     def cost(self, site: Site, parts: nn.Module | None = None) -> Cost:
         return Cost()
 
@@ -206,8 +212,8 @@ def _below(scale: float) -> float:
 class Placement:
     """Which values of a flow are quantized, and at which ports."""
 
-    def __init__(self, flow: Flow) -> None:
-        self.flow = flow
+    def __init__(self, flow: Flow, keep: tuple[str, ...] = ()) -> None:
+        self.flow, self.keep = flow, keep
 
     def ports(self) -> list[Port]:
         """In the order in which values pass them."""
@@ -235,7 +241,9 @@ class Placement:
 
     def _computes(self, operation: Operation) -> bool:
         """Whether it multiplies a value by a weight that the network holds."""
-        return operation.kind in (*_CONVOLUTIONS, "linear") and 1 in operation.states and len(operation.inputs) == 1
+        kept = any(f"{operation.module}.".startswith(f"{path}.") for path in self.keep)
+        products = operation.kind in (*_CONVOLUTIONS, "linear") and 1 in operation.states and len(operation.inputs) == 1
+        return products and not kept
 
     def _source(self, operation: Operation) -> int:
         """The value that the operation reads, before it is padded with zeros, which every grid holds."""
