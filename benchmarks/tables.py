@@ -139,6 +139,29 @@ def strangers(found: Any) -> list[tuple[str, str]]:
     ]
 
 
+def int8(found: Any) -> list[tuple[str, str]]:
+    rows = []
+    peers = {"ours": "pared", "onnxruntime": "onnxruntime.quantization", "nncf": "nncf"}
+    for net, figures in found["quality"].items():
+        told = []
+        for who, name in peers.items():
+            if who in figures:
+                one = figures[who]
+                accuracy = f", accuracy {100 * one['accuracy']:.2f} %" if "accuracy" in one else ""
+                told.append(f"{name} {100 * one['agreement']:.1f} %{accuracy}, {one['share_of_fp32']:.3f} of the bytes")
+        title = f"int8, {net.replace('_', '-')}, {figures['n']} test images: same class as in floating point"
+        rows.append((title, "; ".join(told)))
+    for net, figures in found["latency"].items():
+        for batch in ("batch_1", "batch_16"):
+            times = figures[batch]
+            told = [f"{name} {times[who]['faster_than_fp32']:.2f}x" for who, name in
+                    (("ours", "pared"), ("onnxruntime", "onnxruntime.quantization"), ("openvino ours", "pared in OpenVINO"),
+                     ("openvino nncf", "nncf in OpenVINO")) if who in times]  # fmt: skip
+            title = f"int8 against floating point in the same runtime, {net.replace('_', '-')}, {batch.replace('_', ' of ')}"
+            rows.append((title, "; ".join(told)))
+    return rows
+
+
 SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "lenet_300_100": lenet("LeNet-300-100"),
     "lenet_5": lenet("LeNet-5"),
@@ -151,6 +174,7 @@ SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "efficientnet": efficientnet,
     "strangers": strangers,
     "kill": kill,
+    "int8": int8,
 }
 
 

@@ -156,16 +156,16 @@ def bench(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pared file.")],
-    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx or openvino")] = "onnx",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with the runtime's ending.")] = None,
     opset: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Export a file for a runtime, checked against our own output."""
     from pared import runtimes
 
-    target = out or file.with_suffix(f".{to}")
-    runtimes.export(file, target, to=to, opset=opset)
-    typer.echo(f"{target}: {target.stat().st_size / 1e6:.3f} MB")
+    target = out or file.with_suffix(".xml" if to == "openvino" else f".{to}")
+    written = runtimes.export(file, target, to=to, opset=opset)
+    typer.echo(f"{target}: {written.file_bytes / 1e6:.3f} MB, error {written.max_relative_error:.2g} of the largest output")
 
 
 @app.command()

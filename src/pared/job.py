@@ -14,7 +14,7 @@ from pared.place import Progress
 from pared.recipe import Recipe, Step
 from pared.runfolder import RunFolder
 from pared.task import Task
-from pared.technique import Edit, Option
+from pared.technique import Edit, Option, Technique
 
 
 @dataclass(eq=False)
@@ -67,8 +67,13 @@ class Job:
 
     @property
     def steps(self) -> list[Step]:
-        """The steps that replace something."""
-        return [step for step in self.recipe.steps if step.replaces]
+        """The steps among whose candidates is chosen."""
+        return self.recipe.parts()[1]
+
+    @property
+    def after(self) -> list[Technique]:
+        """What acts on the whole network after all of them."""
+        return self.recipe.parts()[2]
 
     @property
     def trains(self) -> bool:

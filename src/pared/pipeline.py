@@ -40,7 +40,7 @@ from pared.site import duplicate, plain
 from pared.statistics import Statistics
 from pared.task import Task, batch_size, in_order
 from pared.technique import Edit, as_numpy
-from pared.trials import Trial, Trials, quality_of, trainable_
+from pared.trials import Trial, Trials, over_the_network, quality_of, trainable_
 
 
 @dataclass
@@ -96,8 +96,8 @@ def compress(
     Args:
         model: a trained network; it is not changed.
         task: its data, loss and metric.
-        recipe: a YAML file, the name of a shipped recipe, or a dict; None is the default recipe, or without training,
-            macs and latency the recipe `smallest`.
+        recipe: a YAML file, the name of a shipped recipe, or a dict; None is the default recipe, but `channels` where
+            macs or latency are asked for and no size, and `smallest` where neither is and there is no training.
         size: of the whole file: "20x", "5%", "1.2MB".
         macs: multiply-adds: "2x", "50%", "300M".
         latency: "3x" or "3x@onnxruntime".
@@ -117,8 +117,9 @@ def compress(
         BudgetError: even the smallest plan is above the budget; it was carried out, and the error's `result` holds it.
     """
     started = time.perf_counter()
-    if recipe is None and not train and macs is None and latency is None:
-        recipe = "smallest"
+    faster = macs is not None or latency is not None
+    if recipe is None and (faster or not train):
+        recipe = "smallest" if not faster else "channels" if size is None else None
     chosen = recipes.load(recipe)
     asked = {"size": size, "macs": macs, "latency": latency, "max_drop": max_drop}
     job = _job(model, task, chosen, asked, train, out, seed, teachers, store or chosen.store, progress, command, started)
@@ -158,8 +159,11 @@ def _job(
     task.check(model)
     original = duplicate(model).eval().requires_grad_(False)
     base, bakes = prepared(model)
-    trainable_(base)
     n_bytes, example = original_bytes(original), task.example(original)
+    say = progress or (lambda event: None)
+    for technique in recipe.parts()[0]:
+        bakes += over_the_network(base, technique, task, example, say)
+    trainable_(base)
     target, total_macs = _target(asked, original, n_bytes, task, example)
     teachers = [duplicate(teacher).eval().requires_grad_(False) for teacher in teachers or ()] or [original]
     identity = _identity(original, teachers, task, recipe, asked, train, seed, store)
@@ -179,7 +183,7 @@ def _job(
         seed=seed,
         store=store,
         folder=RunFolder(out, identity),
-        progress=progress or (lambda event: None),
+        progress=say,
         command=command,
         started=started,
     )

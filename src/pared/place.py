@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +14,14 @@ from pared import registry
 from pared.cut import Coordinates, Cut, CutStructure
 from pared.errors import InputError
 from pared.record import Record, attach_, record_of
-from pared.site import Decoded, Site, duplicate, install_, plain
-from pared.statistics import Curvature, Statistics
+from pared.site import Decoded, Site, duplicate, install_
+from pared.statistics import Statistics
 from pared.task import Task
 from pared.technique import Cost, Edit, Option, Structure, Technique, build
 
 Progress = Callable[[dict[str, Any]], None]
+_OF_ALL = ("network", "channels")
+"""Kinds after which everything that was observed has to be observed anew."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,21 @@ def apply(
     earlier = record_of(model)
     twin, edits = prepared(model)
     edits = [*(earlier.edits if earlier else ()), *edits]
-    from pared.budget.calibrate import gather
+    from pared.budget.observe import observe
 
-    statistics = Statistics()
-    if task is not None and any(reads_curvature(item) for item in techniques):
-        statistics = gather(plain(twin), task)
-    for item in techniques:
+    carried = earlier.example if earlier else None
+    statistics: Statistics | None = None
+    for number, item in enumerate(techniques):
+        if item.kind == "network":
+            statistics = observe(twin, task, [item], carried)
+        elif statistics is None:  # what is read stays true until the network itself is changed
+            following = itertools.takewhile(lambda later: later.kind not in _OF_ALL, techniques[number + 1 :])
+            statistics = observe(twin, task, [item, *following], carried)
         if item.kind == "channels":
             from pared.budget.channels import cut_by_hand_
 
-            call = task.example(twin) if task is not None else earlier.example if earlier else None
-            edits += cut_by_hand_(twin, item, statistics, call, task)
-            if task is not None and statistics:
-                statistics = gather(plain(twin), task)  # of other shapes now
+            edits += cut_by_hand_(twin, item, statistics, task.example(twin) if task is not None else carried, task)
+            statistics = None
             continue
         if item.kind is None:
             rewritten = item.prepare(twin, None, statistics)
@@ -85,14 +90,10 @@ def apply(
             reason = f": {refusals[0].path}: {refusals[0].reason}" if refusals else "; the model has no site for it"
             raise InputError(f"{item} must change something, but it changes nothing{reason}")
         edits += placed
-    example = task.example(twin) if task is not None else (earlier.example if earlier else None)
+        statistics = None if item.kind == "network" else statistics
+    example = task.example(twin) if task is not None else carried
     attach_(twin, Record(edits=edits, example=example))
     return twin.eval()
-
-
-def reads_curvature(technique: Technique) -> bool:
-    links = getattr(technique, "techniques", (technique,))
-    return any(link.wants(Curvature) for link in links)
 
 
 def prepared(model: nn.Module) -> tuple[nn.Module, list[Edit]]:
@@ -117,6 +118,9 @@ def place_everywhere(
     for site in list(technique.sites(model)):
         if reason := technique.refuse(site):
             refusals.append(Refusal(site.path, technique.name, reason, bytes_of(site)))
+            continue
+        if technique.kind == "network" and technique.decide(site, statistics) == technique.structure_type():
+            refusals.append(Refusal(site.path, technique.name, "there is no place for it in the network", bytes_of(site)))
             continue
         structure, parts = technique.solve(site, statistics)
         _put(site, technique, parts, statistics)
@@ -228,6 +232,8 @@ def _fill(site: Site, technique: Technique, structure: Structure, statistics: St
 def _put(site: Site, technique: Technique, parts: nn.Module, statistics: Statistics) -> None:
     if isinstance(parts, Cut):
         install_(site, parts)
+        return
+    if technique.kind == "network":  # changed in place; what is in it keeps its paths
         return
     inner = technique.inner(site, parts, statistics)
     install_(site, parts)

@@ -57,12 +57,26 @@ class Step:
         """Whether it removes channels."""
         return any(technique.kind == "channels" for technique in self.candidates)
 
+    @property
+    def is_of_networks(self) -> bool:
+        """Whether it acts on the whole network, so that there is nothing to choose."""
+        return any(technique.kind == "network" for technique in self.candidates)
+
 
 @dataclass(frozen=True)
 class Recipe:
     steps: tuple[Step, ...]
     document: dict[str, Any]
     store: str = "smallest"
+
+    def parts(self) -> tuple[list[Technique], list[Step], list[Technique]]:
+        """Techniques for the whole network that come first, the steps among whose candidates is chosen, and those for
+        the whole network that come last."""
+        chosen = [number for number, step in enumerate(self.steps) if step.replaces and not step.is_of_networks]
+        first, last = (chosen[0], chosen[-1]) if chosen else (len(self.steps), len(self.steps))
+        whole = [(number, step.candidates[0]) for number, step in enumerate(self.steps) if step.is_of_networks]
+        before = [technique for number, technique in whole if number < first]
+        return before, [self.steps[number] for number in chosen], [technique for number, technique in whole if number > last]
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -128,7 +142,9 @@ def _parse(document: Any, where: str) -> Recipe:
 
 
 def check_order(recipe: Recipe, where: str = "recipe") -> None:
-    """Techniques that replace modules or cut channels come before those that code tensors."""
+    """Techniques that replace modules or cut channels come before those that code tensors; those that rewrite the whole
+    network come before all of them, those that change what it computes after."""
+    _check_networks(recipe, where)
     coded: tuple[str, int] | None = None
     for number, step in enumerate(recipe.steps, 1):
         for technique in step.candidates:
@@ -141,6 +157,25 @@ def check_order(recipe: Recipe, where: str = "recipe") -> None:
         tensors = [technique.name for technique in step.candidates if technique.kind == "tensor"]
         if tensors and coded is None:
             coded = (tensors[0], number)
+
+
+def _check_networks(recipe: Recipe, where: str) -> None:
+    chosen = [number for number, step in enumerate(recipe.steps, 1) if step.replaces and not step.is_of_networks]
+    for number, step in enumerate(recipe.steps, 1):
+        if not step.is_of_networks:
+            continue
+        technique = step.candidates[0]
+        if len(step.candidates) > 1:
+            raise RecipeError(
+                f"{technique.name} acts on the whole network, so its settings must be single values, got a choice of "
+                f"{len(step.candidates)} ({where}, step {number}); take one"
+            )
+        if step.training is not None:
+            raise RecipeError(f"{technique.name} trains nothing ({where}, step {number}); train belongs to another step")
+        if technique.exact and any(other < number for other in chosen):
+            raise RecipeError(f"{technique.name} must come first, but it is step {number} ({where}); move it up")
+        if not technique.exact and any(other > number for other in chosen):
+            raise RecipeError(f"{technique.name} must come last, but it is step {number} ({where}); move it down")
 
 
 def _step(step: Any, where: str) -> Step:

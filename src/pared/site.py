@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -191,6 +191,11 @@ def module_sites(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iter
         yield Site(model, tuple(paths[key]), "module", covers)
 
 
+def network_site(model: nn.Module) -> Site:
+    """The whole network, which covers every tensor in it."""
+    return Site(model, ("",), "module", tuple(name for name, _ in model.named_parameters()))
+
+
 class Decoded(nn.Module):
     """Holds the decoder of a tensor as a parametrization, and the decoded value while in eval mode.
 
@@ -295,6 +300,34 @@ def hold_(owner: nn.Module, name: str, decoded: nn.Module, like: Tensor) -> None
         type(owner)._flat_weights = _Unflattened()  # type: ignore[assignment]
 
 
+class Held(nn.Module):
+    """A tensor as it is, in the place of a decoder."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        return cast(Tensor, self.value)
+
+
+def _recode_(model: nn.Module, coded: Mapping[str, nn.Module]) -> set[int]:
+    """Give coded tensors other decoders, in place; the ids of the modules that hold them. A module of which one tensor
+    stays coded keeps all: the class that torch gave it cannot be left for some of its tensors only."""
+    owners = {path.rpartition(".")[0] for path in coded}
+    found: dict[int, nn.Module] = {}
+    for prefix, module in list(model.named_modules(remove_duplicate=False)):
+        if prefix not in owners:
+            continue
+        found[id(module)] = module
+        for name, chain in cast(nn.ModuleDict, module.parametrizations).items():
+            held = cast(Decoded, chain[0])  # type: ignore[index]
+            path = f"{prefix}.{name}" if prefix else name
+            held.decoder = coded[path] if path in coded else Held(cast(Tensor, getattr(module, name)).detach().clone())
+            held.cache = False
+    return set(found)
+
+
 def duplicate(model: nn.Module) -> nn.Module:
     """A deep copy, also where hooks have left computed weights in attributes, which torch refuses to copy."""
     memo: dict[int, Any] = {}
@@ -305,12 +338,17 @@ def duplicate(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """A copy in which every coded tensor is an ordinary parameter or buffer under its own path (tied ones stay tied)."""
+def plain(model: nn.Module, coded: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """A copy in which every coded tensor is an ordinary parameter or buffer under its own path (tied ones stay tied).
+
+    Args:
+        coded: new decoders, by path, of tensors that are to stay coded.
+    """
     twin = duplicate(model)
+    kept = _recode_(twin, coded or {})
     values: dict[int, Tensor] = {}
     for module in list(twin.modules()):
-        if not parametrize.is_parametrized(module):
+        if not parametrize.is_parametrized(module) or id(module) in kept:
             continue
         lists = cast(nn.ModuleDict, module.parametrizations)
         found: dict[str, Tensor] = {}

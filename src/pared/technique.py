@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -16,7 +16,7 @@ from pared import store
 from pared.cut import Cut, CutStructure
 from pared.errors import RecipeError
 from pared.settings import Settings, Structure, explain
-from pared.site import Decoded, Site, install_, module_sites, tensor_sites
+from pared.site import Decoded, Site, install_, module_sites, network_site, tensor_sites
 from pared.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Network:
+    """Acts on the network as a whole, wherever it is named: what it does follows from how values flow, and it is no
+    choice of the allocator, since it saves no bits by itself."""
+
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a part of the network costs. Costs add up.
 
@@ -69,10 +76,14 @@ class Cost:
         return self if isinstance(other, int) else other + self
 
 
+Kind = Literal["tensor", "module", "channels", "network"]
+"""What a technique changes."""
+
+
 class Technique(Settings):
     """Replaces tensors by codes or modules by cheaper modules; or shapes training; or prepares a model by an exact rewrite."""
 
-    acts_on: ClassVar[Tensors | Modules | Groups | None] = None
+    acts_on: ClassVar[Tensors | Modules | Groups | Network | None] = None
     reads: ClassVar[tuple[type, ...]] = ()
     corrects: ClassVar[bool] = False
     """Whether the layers after what it changed are fitted anew to the original's outputs, in order."""
@@ -82,6 +93,8 @@ class Technique(Settings):
     """Whether what it leaves comes out of training at the size that was planned."""
     ladder: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Settings from gentle to harsh, with which the conformance suite runs."""
+    exact: ClassVar[bool] = False
+    """Whether it only rewrites: the network computes the same before and after. Such techniques come first in a recipe."""
 
     @property
     def name(self) -> str:
@@ -89,9 +102,10 @@ class Technique(Settings):
         return ".".join(type(self).__module__.split(".")[-2:])
 
     @property
-    def kind(self) -> Literal["tensor", "module", "channels"] | None:
-        """What sort of site it replaces; None if it replaces nothing."""
-        return {Tensors: "tensor", Modules: "module", Groups: "channels", type(None): None}[type(self.acts_on)]
+    def kind(self) -> Kind | None:
+        """What it changes; None if it changes nothing."""
+        kinds: dict[type, Kind] = {Tensors: "tensor", Modules: "module", Groups: "channels", Network: "network"}
+        return kinds.get(type(self.acts_on))
 
     def __str__(self) -> str:
         """Name and settings; of those at their default only the first, which is the one that matters most."""
@@ -118,6 +132,8 @@ class Technique(Settings):
             for group in graph.groups:
                 covers = tuple(dict.fromkeys(piece.path for piece in group.slices))
                 yield Site(model, (group.name,), "channels", covers, group=group)
+        elif isinstance(self.acts_on, Network):
+            yield network_site(model)
 
     def refuse(self, site: Site) -> str | None:
         """The reason why it leaves the site alone, or None."""
@@ -131,7 +147,7 @@ class Technique(Settings):
         """The cheaper parts, from shapes, settings and structure alone; values are arbitrary until `fit`.
 
         Tensor site: a module without inputs that returns the tensor. Module site: a module that takes its place.
-        Channels: the `Cut` of the structure.
+        Channels: the `Cut` of the structure. The whole network: the network, changed in place.
         """
         if isinstance(structure, CutStructure):
             return Cut(structure)
@@ -190,9 +206,13 @@ class Technique(Settings):
             return None
         return curvature.damage(weight.float().cpu() - value_at(site.root, site.covers[0]).float().cpu())
 
-    def lower(self, parts: nn.Module) -> Any:
-        """What a runtime should execute; None means the decoded dense tensor (or the parts as they are)."""
+    def lower(self, parts: nn.Module) -> nn.Module | None:
+        """For export, the decoder written in the operators of `pared.lowered`; None means the decoded dense tensor."""
         return None
+
+    def leaving(self, paths: Sequence[str]) -> Technique:
+        """Of the whole network: the same but for these modules, which it is to leave as they are. Default: itself."""
+        return self
 
     # -- it shapes training --------------------------------------------------------------------------------------------
 
@@ -350,6 +370,10 @@ class Chain(Technique):
                 raise RecipeError(f"a chain must hold techniques that replace something; {technique.name} does not")
             if technique.kind == "channels" and len(links) > 1:
                 raise RecipeError(f"{technique.name} acts on many tensors and cannot stand in a chain; make it a step of its own")
+            if technique.kind == "network":
+                raise RecipeError(
+                    f"{technique.name} acts on the whole network and cannot be part of a chain; give it a step of its own"
+                )
         for later in links[1:]:
             if later.kind == "module":
                 raise RecipeError(
@@ -366,7 +390,7 @@ class Chain(Technique):
         return self.techniques[0]
 
     @property
-    def kind(self) -> Literal["tensor", "module", "channels"] | None:
+    def kind(self) -> Kind | None:
         return self.first.kind
 
     def __str__(self) -> str:
@@ -608,15 +632,17 @@ class Edit:
     structure: Structure
 
     def site(self, model: nn.Module) -> Site:
-        kind = cast(Literal["tensor", "module", "channels"], self.technique.kind)
+        kind = self.technique.kind
         if kind == "channels":
             return Site(model, self.paths, kind, ())
+        if kind == "network":
+            return network_site(model)
         if kind == "module":
             target = model.get_submodule(self.paths[0])
             match = [s for s in self.technique.sites(model) if s.path == self.paths[0]]
             covers = match[0].covers if match else tuple(f"{self.paths[0]}.{n}" for n, _ in target.named_parameters())
-            return Site(model, self.paths, kind, covers)
-        return Site(model, self.paths, kind, (self.paths[0],))
+            return Site(model, self.paths, "module", covers)
+        return Site(model, self.paths, "tensor", (self.paths[0],))
 
     def replay_(self, model: nn.Module, *, cache: bool = True) -> nn.Module:
         """Build the parts on a model of the original class, in place; returns the parts, whose values are still arbitrary."""

@@ -16,15 +16,18 @@ from torch import nn
 from pared import artifact, registry
 from pared.budget.allocate import Plan
 from pared.budget.channels import Removal, partly
+from pared.budget.layer_latency import LatencyTable, slower
+from pared.budget.observe import observe
 from pared.graph.channels import Channels
 from pared.job import Job
 from pared.measurement.quality import Drop, Quality, drop, evaluate
-from pared.place import place, place_buffers_, relax_, settle_
+from pared.place import Progress, place, place_buffers_, place_everywhere, relax_, settle_
 from pared.recipe import Step, Training
 from pared.record import Record, attach_, record_of
 from pared.site import Decoded, duplicate
 from pared.statistics import Statistics
-from pared.technique import Edit, Option
+from pared.task import Task
+from pared.technique import Edit, Option, Technique
 from pared.train import train as train_loop
 
 
@@ -157,6 +160,9 @@ class Trials:
                 history += rows
                 statistics = level.statistics.copy() if level.statistics is not None else statistics
             model.eval()
+            for technique in self.job.after:
+                leaving = technique.leaving(self._slower(plan.options))
+                edits += over_the_network(model, leaving, self.job.task, self.job.example, self.job.progress)
         attach_(model, self._record(edits, [level.options for level in levels]))
         file_bytes = self._weigh(model, number)
         self.correction = 8 * file_bytes / max(predicted, 1.0)
@@ -176,6 +182,17 @@ class Trials:
             f"drop {trial.drop} on validation"
         )
         return trial
+
+    def _slower(self, options: Sequence[Option]) -> list[str]:
+        """Layers that the techniques of this plan make slower in the runtime that is asked for; none where none is."""
+        target = self.job.target
+        if target.speedup is None:
+            return []
+        used = list(dict.fromkeys(option.technique for option in options if option.technique is not None))
+        found = slower(self.job.base, self.job.example, [*used[:1], *self.job.after], LatencyTable(target.runtime))
+        for path, (before, after) in found.items():
+            self.job.say(f"{path} stays as it is: {after:.3f} ms instead of {before:.3f} ms in {target.runtime}")
+        return list(found)
 
     def _record(self, edits: list[Edit], levels: Sequence[Sequence[Option]]) -> Record:
         facts = {"original_bytes": self.job.original_bytes}
@@ -273,6 +290,16 @@ class Trials:
             path = Path(folder) / "model.pared"
             artifact.save(model, path, store=self.job.store)
             return path.stat().st_size
+
+
+def over_the_network(
+    model: nn.Module, technique: Technique, task: Task, example: tuple[tuple[Any, ...], dict[str, Any]], progress: Progress
+) -> list[Edit]:
+    """Let a technique act on the whole network, in place; where there is nothing for it to do, that is said."""
+    edits, refusals = place_everywhere(model, technique, observe(model, task, [technique], example))
+    for refusal in refusals:
+        progress({"say": f"{technique}: {refusal.reason}"})
+    return edits
 
 
 def quality_of(model: nn.Module, job: Job) -> Quality:

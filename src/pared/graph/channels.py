@@ -229,10 +229,10 @@ class Channels:
                 self._keeps(origin, size.axis)
             elif isinstance(origin, Combined | Extent):
                 relations.append((size.axis, size.size, origin))
-        for axis, n, origin in relations:
+        for axis, _, origin in relations:
             if isinstance(origin, Extent):
                 self.axes.ids.same(axis, self._axis(origin) or (), "the code takes its size from that of what stays")
-        for axis, n, origin in relations:
+        for axis, _, origin in relations:
             if isinstance(origin, Combined):
                 self._relate(self.axes.ids.factors(*axis), n, origin)
 

@@ -254,7 +254,10 @@ class _Watch(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             shape = tuple(tensor.shape)
             call = getattr(tensor, "_pared_call", None)
-        return list(shape) if call is None else [Number.of(n, _Seen(*call, axis)) for axis, n in enumerate(shape)]
+        if call is None:
+            return list(shape)
+        number, item = call
+        return [Number.of(n, _Seen(number, item, axis)) for axis, n in enumerate(shape)]
 
 
 @contextmanager
