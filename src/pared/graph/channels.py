@@ -232,7 +232,7 @@ class Channels:
         for axis, _, origin in relations:
             if isinstance(origin, Extent):
                 self.axes.ids.same(axis, self._axis(origin) or (), "the code takes its size from that of what stays")
-        for axis, _, origin in relations:
+        for axis, n, origin in relations:
             if isinstance(origin, Combined):
                 self._relate(self.axes.ids.factors(*axis), n, origin)
 
