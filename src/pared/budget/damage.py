@@ -9,12 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from pared.cut import Cut
 from pared.errors import InputError
 from pared.site import Decoded, Site
-from pared.task import Batch, Task, batch_size, class_logits, in_order, take
+from pared.task import Batch, Task, batch_size, class_logits, float_outputs, in_order, output_weights, take
 
 IGNORED = -100
 """The target that cross entropy leaves out."""
@@ -23,8 +22,8 @@ IGNORED = -100
 def divergence(outputs: Any, reference: Any, task: Task, batch: Batch) -> Tensor:
     """How far outputs are from the reference outputs, one number per example, float64.
 
-    Classifiers: KL(reference || outputs), the mean over positions with a target, in nats. Others: half the mean square
-    of the difference over all floating-point outputs.
+    Classifiers: KL(reference || outputs), the mean over positions with a target, in nats. Others: half the mean square of
+    the difference, the mean over all floating-point outputs, each in units of its own variance (`output_weights`).
     """
     size = batch_size(batch)
     if task.classifies:
@@ -41,15 +40,15 @@ def divergence(outputs: Any, reference: Any, task: Task, batch: Batch) -> Tensor
         if targets is not None and targets.shape == per_position.shape:
             counted = (targets.to(per_position.device) != IGNORED).double()
         return (per_position * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
-    pairs = [(a, b) for a, b in zip(_floats(outputs), _floats(reference), strict=True)]
-    for now, before in pairs:
+    found, wanted = float_outputs(outputs), float_outputs(reference)
+    total = torch.zeros(size, dtype=torch.float64)
+    for now, before, weight in zip(found, wanted, output_weights(wanted, size), strict=True):
         if now.shape != before.shape:
             raise InputError(f"outputs must keep their shape, got {tuple(now.shape)} instead of {tuple(before.shape)}")
-    numel = sum(now.numel() for now, _ in pairs) / size
-    if all(now.ndim and len(now) == size for now, _ in pairs):
-        return sum((0.5 * (now.double() - before.double()) ** 2).flatten(1).sum(1) for now, before in pairs) / numel  # type: ignore[return-value]
-    total = sum(float((0.5 * (now.double() - before.double()) ** 2).sum()) for now, before in pairs)
-    return torch.full((size,), total / size / numel, dtype=torch.float64)
+        squares = 0.5 * (now.double() - before.double()).square().cpu()
+        per_example = squares.flatten(1).mean(1) if now.ndim > 1 and len(now) == size else squares
+        total += weight / len(found) * (per_example if per_example.shape == (size,) else squares.mean())
+    return total
 
 
 def held_out(task: Task, n_examples: int) -> list[Batch]:
@@ -127,7 +126,3 @@ def installed(model: nn.Module, site: Site, parts: nn.Module) -> Iterator[None]:
     finally:
         tensor.data.copy_(kept)
 
-
-def _floats(outputs: Any) -> list[Tensor]:
-    tree = dict(outputs.items()) if hasattr(outputs, "items") else outputs
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
