@@ -24,6 +24,13 @@ TITLES = {
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 320, 64, 44, 28, 16
 COLOURS = {"pared": "#0b7285", "nncodec": "#c2255c"}
 
+INTRODUCTION = """\
+[quantize.rate_distortion](techniques/quantize.rate_distortion.md) without any training, beside nncodec 2.1.3, the reference
+software of ISO/IEC 15938-17, with dependent quantization and parameter optimisation on, its qp swept with and without `opt_qp`.
+Both code the same weights and are measured by the same function. pared's bytes are the whole file, program included; nncodec's
+are its bitstream. Bytes at equal quality are read off each codec's best points, in the logarithm of bytes between neighbours.
+To run it: `python benchmarks/codec.py --peer PYTHON`."""
+
 
 def best(rows: list[dict[str, float]]) -> list[tuple[float, float]]:
     """The codec's best points: bytes and quality, both rising."""
@@ -93,10 +100,7 @@ def page(nets: list[dict[str, Any]], integers: dict[str, Any] | None) -> str:
         "",
         "<!-- written by benchmarks/codec_page.py from benchmarks/results/codec-*.json -->",
         "",
-        "[quantize.rate_distortion](techniques/quantize.rate_distortion.md) without any training, beside nncodec 2.1.3, the reference software of",
-        "ISO/IEC 15938-17, with dependent quantization and parameter optimisation on, its qp swept with and without `opt_qp`. Both code the same weights",
-        "and are measured by the same function. pared's bytes are the whole file, program included; nncodec's are its bitstream. Bytes at equal quality are",
-        "read off each codec's best points, in the logarithm of bytes between neighbours. Run it: `python benchmarks/codec.py --peer PYTHON`.",
+        *INTRODUCTION.splitlines(),
         "",
         "| network | quality | pared | nncodec | fewer bytes |",
         "|---|---|---|---|---|",

@@ -47,10 +47,15 @@ def compress(
     store: Annotated[str | None, typer.Option(help="How the file is coded: smallest, fastest, huffman, rans.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Recover by distillation, or post-training only.")] = True,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    lossless: Annotated[bool, typer.Option(help="MODEL is a safetensors file: the same bits in a smaller file, OUT.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compress a trained network within a budget; the same command continues an interrupted run."""
+    if lossless:
+        asked = {"--data": data, "--size": size, "--macs": macs, "--latency": latency, "--max-drop": max_drop, "--recipe": recipe}
+        _pack(model, out, store, [option for option, value in asked.items() if value is not None], as_json)
+        return
     from pared import pipeline
     from pared.errors import RecipeError
     from pared.pipeline import Result
@@ -77,6 +82,19 @@ def compress(
         raise failure
     if not result.met:
         raise BudgetError(result.data["warnings"][-1] if result.data["warnings"] else "the budget is not met")
+
+
+def _pack(model: str, out: Path, store: str | None, others: list[str], as_json: bool) -> None:
+    from pared import artifact
+
+    if others:
+        raise InputError(f"--lossless keeps every bit, so it takes no {', '.join(others)}; drop one or the other")
+    artifact.pack(model, out, store or "smallest")
+    before, after = Path(model).stat().st_size, out.stat().st_size
+    if as_json:
+        typer.echo(json.dumps({"before": before, "after": after, "ratio": after / before}))
+    else:
+        typer.echo(f"{out}: {after / 1e6:.3f} MB, {100 * after / before:.1f} % of {model}; every bit is kept")
 
 
 @app.command()
@@ -155,15 +173,18 @@ def bench(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pared file.")],
-    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx, or safetensors: the decoded weights alone")] = "onnx",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with the runtime's ending.")] = None,
     opset: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Export a file for a runtime, checked against our own output."""
-    from pared import runtimes
+    from pared import artifact, runtimes
 
     target = out or file.with_suffix(f".{to}")
-    runtimes.export(file, target, to=to, opset=opset)
+    if to == "safetensors":
+        artifact.unpack(file, target)
+    else:
+        runtimes.export(file, target, to=to, opset=opset)
     typer.echo(f"{target}: {target.stat().st_size / 1e6:.3f} MB")
 
 
