@@ -47,10 +47,15 @@ def compress(
     store: Annotated[str | None, typer.Option(help="How the file is coded: smallest, fastest, huffman, rans.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Recover by distillation, or post-training only.")] = True,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    lossless: Annotated[bool, typer.Option(help="MODEL is a safetensors file: the same bits in a smaller file, OUT.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compress a trained network within a budget; the same command continues an interrupted run."""
+    if lossless:
+        asked = {"--data": data, "--size": size, "--macs": macs, "--latency": latency, "--max-drop": max_drop, "--recipe": recipe}
+        _pack(model, out, store, [option for option, value in asked.items() if value is not None], as_json)
+        return
     from pared import pipeline
     from pared.errors import RecipeError
     from pared.pipeline import Result
@@ -78,6 +83,19 @@ def compress(
     if not result.met:
         missed = "the budget is not met"
         raise BudgetError(next((line for line in result.data["warnings"] if line.startswith(missed)), missed))
+
+
+def _pack(model: str, out: Path, store: str | None, others: list[str], as_json: bool) -> None:
+    from pared import artifact
+
+    if others:
+        raise InputError(f"--lossless keeps every bit, so it takes no {', '.join(others)}; drop one or the other")
+    artifact.pack(model, out, store or "smallest")
+    before, after = Path(model).stat().st_size, out.stat().st_size
+    if as_json:
+        typer.echo(json.dumps({"before": before, "after": after, "ratio": after / before}))
+    else:
+        typer.echo(f"{out}: {after / 1e6:.3f} MB, {100 * after / before:.1f} % of {model}; every bit is kept")
 
 
 @app.command()
@@ -156,14 +174,18 @@ def bench(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pared file.")],
-    to: Annotated[str, typer.Option("--to", help="onnx or openvino")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino, or safetensors: the decoded weights alone")] = "onnx",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with the runtime's ending.")] = None,
     opset: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Export a file for a runtime, checked against our own output."""
-    from pared import runtimes
+    from pared import artifact, runtimes
 
     target = out or file.with_suffix(".xml" if to == "openvino" else f".{to}")
+    if to == "safetensors":
+        artifact.unpack(file, target)
+        typer.echo(f"{target}: {target.stat().st_size / 1e6:.3f} MB")
+        return
     written = runtimes.export(file, target, to=to, opset=opset)
     typer.echo(f"{target}: {written.file_bytes / 1e6:.3f} MB, error {written.max_relative_error:.2g} of the largest output")
 
