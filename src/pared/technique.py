@@ -217,7 +217,11 @@ class Technique(Settings):
     # -- it shapes training --------------------------------------------------------------------------------------------
 
     def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
-        """A trainable stand-in whose forward equals build and fit. Tensor sites: straight through; module sites: the parts."""
+        """A trainable stand-in whose forward equals build and fit. Tensor sites: straight through; module sites: the parts.
+
+        A stand-in may have `anneal(progress)`, called on the way; `settle()`, which gives the parts with what was trained; and
+        `coded_bits()` with `aim_bits`, which give its bits a price in the loss, see `pared.train.price`.
+        """
         if site.kind == "tensor":
             return StraightThrough(self, site, structure, statistics)
         parts = build(self, site, structure)

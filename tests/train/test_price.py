@@ -44,7 +44,7 @@ def test_bits_come_to_their_aim_whatever_the_scale_of_the_loss(scale: float) -> 
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
-    bits = [float(module.coded_bits()) for module in modules]
+    bits = [module.coded_bits().item() for module in modules]
     assert sum(bits) == pytest.approx(400, rel=0.05)
     assert bits[0] == pytest.approx(bits[1], rel=0.05), "equal modules must get equal bits at one price"
 
@@ -59,6 +59,6 @@ def test_training_ends_at_the_size_asked_for(net, task, accuracy) -> None:
     relaxed(net, 1.5)
     train(net, task, epochs=60, learning_rate=5e-3, ema=None)
     priced = [module for module in net.modules() if isinstance(module, Priced)]
-    bits, aim = sum(float(m.coded_bits()) for m in priced), sum(m.aim_bits for m in priced)
+    bits, aim = sum(m.coded_bits().item() for m in priced), sum(m.aim_bits for m in priced)
     assert math.log(bits / aim) == pytest.approx(0, abs=0.2)
     assert accuracy(net) > before - 0.1
