@@ -3,8 +3,9 @@
     pip install --target FOLDER --no-deps torch-pruning
     python benchmarks/channels_speed.py --peer FOLDER
 
-The same networks (random weights, 224 pixels, batch 2, one thread), taking turns, each run a process of its own. pared's seconds hold the tracing and the trial in
-which a cut copy is compared with its program; they are given apart. Figures go to benchmarks/results/channels_speed.json.
+The same networks (random weights, 224 pixels, batch 2, one thread), taking turns, each run a process of its own. pared's
+seconds hold the tracing and the trial in which a cut copy is compared with its program; they are given apart. Figures go
+to benchmarks/results/channels_speed.json.
 """
 
 from __future__ import annotations

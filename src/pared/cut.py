@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 from pared.errors import InputError
 from pared.settings import Structure
 
-
 Owners = dict[str, list[tuple[str, str]]]
 """For every path of a tensor, all (module, name) at which the same tensor is held."""
 

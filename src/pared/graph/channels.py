@@ -221,9 +221,11 @@ class Channels:
             elif isinstance(origin, int) and not size.computed and not self._guesses(size):
                 for array in size.axis:
                     self.axes.ids.freeze(array, f"its size is the number {size.size} in the code near {size.near}")
-        for axis, n, origin in relations:
+        for axis, _, origin in relations:
             if isinstance(origin, Extent):
-                self.axes.ids.same(axis, self._axis(origin) or (), "the code takes its size from that of what stays")
+                other = self._axis(origin) or ()
+                if not self._as_long(axis, other):
+                    self.axes.ids.same(axis, other, "the code takes its size from that of what stays")
         for axis, n, origin in relations:
             if isinstance(origin, Combined):
                 self._relate(self.axes.ids.factors(*axis), n, origin)
@@ -244,9 +246,18 @@ class Channels:
     def _keeps(self, attribute: Attribute, axis: Factors) -> None:
         """The attribute is the size of the axis; axes whose sizes are one attribute are one."""
         held = self._kept.setdefault(attribute, [])
-        if held:
+        if held and not self._as_long(held[0], axis):
             self.axes.ids.same(held[0], axis, f"its size is also that of something else, {attribute.name} of {attribute.module}")
         held.append(axis)
+
+    def _as_long(self, a: Factors, b: Factors) -> bool:
+        """Whether as many positions of both stay, whatever goes: they belong to the same channels, in some order."""
+        found = []
+        for axis in (a, b):
+            arrays = self.axes.ids.factors(*axis)
+            rows = np.sort(np.stack(arrays, 1), 1) if arrays else np.zeros((0, 0), np.int64)
+            found.append(rows[np.lexsort(rows.T)] if len(rows) else rows)
+        return np.array_equal(*found)
 
     def _axis(self, origin: Origin) -> Factors | None:
         """The axis whose size a number is; (): one that stays; None: not known."""
@@ -286,8 +297,8 @@ class Channels:
         if a != b * n:
             return
         if left and not right:  # by a fixed number, or by one of which nothing is known yet
-            swapped = _parts(left, n, b)
-            if swapped is not None and _equal(swapped[0], axis):
+            swapped = _rows_and_columns(left, n, b)
+            if swapped is not None and self._as_long(swapped[0], axis):
                 outer, inner = swapped[1], swapped[0]
             else:
                 outer, inner = ids.split(left, b, n, _DIVIDED)
@@ -302,7 +313,7 @@ class Channels:
         if left is None:
             if isinstance(origin.left, Attribute):
                 self._keeps(origin.left, whole)
-        elif not _equal(left, whole) and not _equal(left, ids.join(axis, n, right or (), b)):
+        elif not self._as_long(left, whole):
             ids.same(left, whole, _DIVIDED)
 
     def _add_mends(self) -> None:
@@ -674,11 +685,7 @@ _ATTENTION = "aten.scaled_dot_product_attention.default"
 _DIVIDED = "the code divides by its size"
 
 
-def _equal(a: Factors, b: Factors) -> bool:
-    return len(a) == len(b) and all(any(np.array_equal(x, y) for y in b) for x in a)
-
-
-def _parts(axis: Factors, rows: int, columns: int) -> tuple[Factors, Factors] | None:
+def _rows_and_columns(axis: Factors, rows: int, columns: int) -> tuple[Factors, Factors] | None:
     """The axis as whole rows and whole columns, if it is that already."""
     outer, inner = [], []
     for array in axis:
