@@ -234,3 +234,16 @@ def test_warnings_of_a_good_run_are_none(net, task):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pared.compress(net, task, RECIPE, size="6x", train=False)
+
+
+def test_the_int8_recipe_folds_codes_and_rounds_in_this_order(net, task, tmp_path):
+    said = []
+    path = tmp_path / "net.pared"
+    result = pared.compress(net, task, "int8", size="3.5x", train=False, progress=lambda event: said.append(event.get("say")))
+    assert result.met
+    names = [edit.technique.name for edit in result.edits]
+    assert names[0] == "structure.fold_batch_norm" and names[-1] == "quantize.activations" and "quantize.integer" in names
+    result.save(path)
+    expected = first_outputs(result.model, task)
+    assert torch.equal(first_outputs(pared.load(path), task), expected)
+    assert torch.equal(first_outputs(pared.load(path, Net()).eval(), task), expected)
