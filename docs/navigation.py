@@ -3,7 +3,7 @@
 from pathlib import Path
 
 _FIRST = ["index.md", "how-it-works.md"]
-_LAST = ["add-a-technique.md", "file-format.md", "decisions.md"]
+_LAST = ["add-a-technique.md", "file-format.md", "coders.md", "decisions.md"]
 
 
 def on_config(config):

@@ -66,14 +66,14 @@ def accuracy(net: nn.Module, batches: sources.ArrayLoader) -> float:
     return 100 * right / batches.n_examples
 
 
-def train(net: nn.Module, train: sources.ArrayLoader, val: sources.ArrayLoader, epochs: int) -> None:
+def train(net: nn.Module, train: sources.ArrayLoader, val: sources.ArrayLoader, epochs: int, mirror: bool) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, epochs * len(train), pct_start=0.2)
     mixing = torch.distributions.Beta(MIXUP, MIXUP)
     for epoch in range(1, epochs + 1):
         net.train()
         for images, labels in train:
-            images = mirrored(images, train.generator)
+            images = mirrored(images, train.generator) if mirror else images
             share = mixing.sample()
             partner = torch.randperm(len(images), generator=train.generator)
             outputs = net(share * images + (1 - share) * images[partner])
@@ -98,15 +98,16 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     task = sources.data(given.data, batch_size=256, seed=given.seed).task
-    net = with_batch_norm(getattr(lenet, given.net)())
+    net = with_batch_norm(getattr(lenet, given.net)()).to(memory_format=torch.channels_last)  # twice as fast on a CPU
     began = time.perf_counter()
-    train(net, task.train, task.val, given.epochs or EPOCHS[given.net])
+    mirror = given.data.startswith("fashion-mnist")  # digits are not
+    train(net, task.train, task.val, given.epochs or EPOCHS[given.net], mirror)
     net = folded(net)
     seconds = time.perf_counter() - began
 
     out = given.out or lenet.WEIGHTS / f"{given.net}-seed{given.seed}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(net.state_dict(), out)
+    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, out)
     print(f"{given.net} seed {given.seed}: test {accuracy(net, task.test):.2f} %, {seconds:.0f} s, saved to {out}")
 
 

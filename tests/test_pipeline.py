@@ -98,6 +98,15 @@ def test_a_drop_alone_asks_for_the_smallest_file_within_it(net, task):
     assert accepted[0]["drop_pp"] <= 0.0
 
 
+def test_a_drop_is_accepted_with_a_margin_that_the_report_states(net, task):
+    result = pared.compress(net, task, RECIPE, max_drop=1.0, train=False)
+    stated = result.data["acceptance"]
+    assert 0 < stated["margin"] == min(stated["standard_error"], 0.5)
+    assert stated["drop"] + stated["margin"] <= 1.0 + 1e-9
+    few = [line for line in result.data["warnings"] if "are few for an accepted drop of 1 pp" in line]
+    assert bool(few) == (stated["standard_error"] > 0.5)
+
+
 def test_training_wins_back_what_a_hard_budget_costs(net, task):
     plain = pared.compress(net, task, RECIPE, size="25x", train=False)
     trained = pared.compress(net, task, RECIPE, size="25x", train=True)
@@ -234,3 +243,24 @@ def test_warnings_of_a_good_run_are_none(net, task):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pared.compress(net, task, RECIPE, size="6x", train=False)
+
+
+def test_training_learns_from_the_teachers_given(net, task):
+    asked = []
+
+    class Teacher(nn.Module):
+        def forward(self, x):
+            asked.append(len(x))
+            return net(x)
+
+    pared.compress(net, task, RECIPE, size="20x", teachers=[Teacher()])
+    assert sum(asked) >= 2 * sum(len(batch[1]) for batch in task.train)
+
+
+def test_entropy_constrained_codes_come_out_of_training_within_the_size_and_close_to_it(net, task):
+    recipe = pared.recipe.load("entropy-constrained").to_dict()
+    recipe["steps"][0]["train"].update(epochs=30, tune_epochs=1)
+    result = pared.compress(net, task, recipe, size="15x")
+    ratio = result.data["before"]["file_bytes"] / result.data["after"]["file_bytes"]
+    assert 15 <= ratio < 20
+    assert result.data["drop_pp"]["value"] < 5

@@ -81,7 +81,8 @@ def compress(
     if failure is not None:
         raise failure
     if not result.met:
-        raise BudgetError(result.data["warnings"][-1] if result.data["warnings"] else "the budget is not met")
+        missed = "the budget is not met"
+        raise BudgetError(next((line for line in result.data["warnings"] if line.startswith(missed)), missed))
 
 
 def _pack(model: str, out: Path, store: str | None, others: list[str], as_json: bool) -> None:
@@ -173,19 +174,20 @@ def bench(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pared file.")],
-    to: Annotated[str, typer.Option("--to", help="onnx, or safetensors: the decoded weights alone")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino, or safetensors: the decoded weights alone")] = "onnx",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with the runtime's ending.")] = None,
     opset: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Export a file for a runtime, checked against our own output."""
     from pared import artifact, runtimes
 
-    target = out or file.with_suffix(f".{to}")
+    target = out or file.with_suffix(".xml" if to == "openvino" else f".{to}")
     if to == "safetensors":
         artifact.unpack(file, target)
-    else:
-        runtimes.export(file, target, to=to, opset=opset)
-    typer.echo(f"{target}: {target.stat().st_size / 1e6:.3f} MB")
+        typer.echo(f"{target}: {target.stat().st_size / 1e6:.3f} MB")
+        return
+    written = runtimes.export(file, target, to=to, opset=opset)
+    typer.echo(f"{target}: {written.file_bytes / 1e6:.3f} MB, error {written.max_relative_error:.2g} of the largest output")
 
 
 @app.command()

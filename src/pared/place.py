@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +11,17 @@ import torch
 from torch import nn
 
 from pared import registry
+from pared.cut import Coordinates, Cut, CutStructure
 from pared.errors import InputError
 from pared.record import Record, attach_, record_of
-from pared.site import Decoded, Site, duplicate, install_, plain
-from pared.statistics import Curvature, Statistics
+from pared.site import Decoded, Site, duplicate, install_
+from pared.statistics import Statistics
 from pared.task import Task
-from pared.technique import Edit, Option, StraightThrough, Structure, Technique, build
+from pared.technique import Cost, Edit, Option, Structure, Technique, build
 
 Progress = Callable[[dict[str, Any]], None]
+_OF_ALL = ("network", "channels")
+"""Kinds after which everything that was observed has to be observed anew."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,22 @@ def apply(
     earlier = record_of(model)
     twin, edits = prepared(model)
     edits = [*(earlier.edits if earlier else ()), *edits]
-    statistics = Statistics()
-    if task is not None and any(reads_curvature(item) for item in techniques):
-        from pared.budget.calibrate import gather
+    from pared.budget.observe import observe
 
-        statistics = gather(plain(twin), task)
-    for item in techniques:
+    carried = earlier.example if earlier else None
+    statistics: Statistics | None = None
+    for number, item in enumerate(techniques):
+        if item.kind == "network":
+            statistics = observe(twin, task, [item], carried)
+        elif statistics is None:  # what is read stays true until the network itself is changed
+            following = itertools.takewhile(lambda later: later.kind not in _OF_ALL, techniques[number + 1 :])
+            statistics = observe(twin, task, [item, *following], carried)
+        if item.kind == "channels":
+            from pared.budget.channels import cut_by_hand_
+
+            edits += cut_by_hand_(twin, item, statistics, task.example(twin) if task is not None else carried, task)
+            statistics = None
+            continue
         if item.kind is None:
             rewritten = item.prepare(twin, None, statistics)
             if rewritten is None:
@@ -76,14 +90,10 @@ def apply(
             reason = f": {refusals[0].path}: {refusals[0].reason}" if refusals else "; the model has no site for it"
             raise InputError(f"{item} must change something, but it changes nothing{reason}")
         edits += placed
-    example = task.example(twin) if task is not None else (earlier.example if earlier else None)
+        statistics = None if item.kind == "network" else statistics
+    example = task.example(twin) if task is not None else carried
     attach_(twin, Record(edits=edits, example=example))
     return twin.eval()
-
-
-def reads_curvature(technique: Technique) -> bool:
-    links = getattr(technique, "techniques", (technique,))
-    return any(Curvature in link.reads for link in links)
 
 
 def prepared(model: nn.Module) -> tuple[nn.Module, list[Edit]]:
@@ -94,13 +104,23 @@ def prepared(model: nn.Module) -> tuple[nn.Module, list[Edit]]:
 
 
 def place_everywhere(
-    model: nn.Module, technique: Technique, statistics: Statistics
+    model: nn.Module, technique: Technique, statistics: Statistics, graph: Any = None
 ) -> tuple[list[Edit], list[Refusal]]:
-    """Solve and install the technique at all its sites, in place; statistics grow by what the new parts see."""
+    """Solve and install the technique at all its sites, in place; statistics grow by what the new parts see.
+
+    Args:
+        graph: of the model's channels, for techniques that act on them.
+    """
+    if technique.kind == "channels":
+        chosen, refusals = everywhere(model, technique, statistics, graph)
+        return place(model, chosen, statistics), refusals
     edits, refusals = [], []
     for site in list(technique.sites(model)):
         if reason := technique.refuse(site):
             refusals.append(Refusal(site.path, technique.name, reason, bytes_of(site)))
+            continue
+        if technique.kind == "network" and technique.decide(site, statistics) == technique.structure_type():
+            refusals.append(Refusal(site.path, technique.name, "there is no place for it in the network", bytes_of(site)))
             continue
         structure, parts = technique.solve(site, statistics)
         _put(site, technique, parts, statistics)
@@ -108,12 +128,36 @@ def place_everywhere(
     return edits, refusals
 
 
-def place(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> list[Edit]:
-    """Build, fit and install chosen options on a model of the same structure, in place; returns the edits in order."""
+def everywhere(
+    model: nn.Module, technique: Technique, statistics: Statistics, graph: Any = None
+) -> tuple[list[Option], list[Refusal]]:
+    """The technique at all its sites, each decided as if it were the only one; costs and damage are not asked for."""
+    chosen, refusals = [], []
+    for site in technique.sites(model, graph):
+        if reason := technique.refuse(site):
+            refusals.append(Refusal(site.path, technique.name, reason, bytes_of(site)))
+        else:
+            chosen.append(Option(site, technique, Cost(), 0.0, technique.solve(site, statistics)[0]))
+    return chosen, refusals
+
+
+def place(
+    model: nn.Module, options: Iterable[Option], statistics: Statistics, coordinates: Coordinates | None = None
+) -> list[Edit]:
+    """Build, fit and install chosen options on a model of the same structure, in place; returns the edits in order.
+
+    Args:
+        coordinates: what earlier calls have left of the axes that channels are removed from.
+    """
     edits = []
+    coordinates = coordinates or Coordinates()
     for option in in_order(options):
-        site, technique = _on(model, option), _technique(option)
-        edits.append(_fill(site, technique, option.structure, statistics))
+        site, technique, structure = _on(model, option), _technique(option), option.structure
+        if site.group is not None and isinstance(structure, CutStructure):  # others were cut since it was decided
+            structure = coordinates.structure(site.group, site.group.gone(structure), model)
+            if not structure.removed:
+                continue
+        edits.append(_fill(site, technique, structure, statistics))
     return edits
 
 
@@ -134,8 +178,8 @@ def settle_(model: nn.Module, options: Iterable[Option], statistics: Statistics)
     Buffers stay as they are: `place_buffers_` codes them once training is over.
     """
     for module in list(model.modules()):
-        if isinstance(module, Decoded) and isinstance(module.decoder, StraightThrough):
-            module.decoder = module.decoder.settle().requires_grad_(True)
+        if isinstance(module, Decoded) and callable(settle := getattr(module.decoder, "settle", None)):
+            module.decoder = settle().requires_grad_(True)
             module.train(module.training)
     edits = []
     for option in in_order(options):
@@ -157,9 +201,9 @@ def place_buffers_(model: nn.Module, options: Iterable[Option], statistics: Stat
 
 
 def in_order(options: Iterable[Option]) -> list[Option]:
-    """Modules first: what is in them (a bias) may be coded afterwards under the same path."""
+    """Channels first, then modules: what is in them (a bias) may be coded afterwards under the same path."""
     chosen = [option for option in options if option.technique is not None]
-    return sorted(chosen, key=lambda option: option.site.kind != "module")
+    return sorted(chosen, key=lambda option: ("channels", "module", "tensor").index(option.site.kind))
 
 
 def check_finite(model: nn.Module) -> None:
@@ -186,6 +230,11 @@ def _fill(site: Site, technique: Technique, structure: Structure, statistics: St
 
 
 def _put(site: Site, technique: Technique, parts: nn.Module, statistics: Statistics) -> None:
+    if isinstance(parts, Cut):
+        install_(site, parts)
+        return
+    if technique.kind == "network":  # changed in place; what is in it keeps its paths
+        return
     inner = technique.inner(site, parts, statistics)
     install_(site, parts)
     inside = f"{site.path}." if site.kind == "module" else _inside(site)

@@ -30,7 +30,13 @@ class Training(Settings):
         None, ge=0, description="passes after that with the codes frozen: tables, scales, biases; default a third of epochs"
     )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: chosen by the loop")
+    tune_learning_rate: float | None = Field(None, gt=0, description="peak of those passes; default: a quarter of learning_rate")
     anneal_until: float = Field(0.6, gt=0, le=1, description="share of the epochs after which schedules are at their end")
+    average: float = Field(
+        0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0: the last weights themselves"
+    )
+    keep_best: bool = Field(True, description="keep the epoch that validates best; false: the last one")
+    rounds: int = Field(1, ge=1, le=100, description="of channels: cut a little and recover, so many times, on a cubic schedule")
     hard: bool = Field(False, description="add the task's own loss to the losses named in `with`")
 
 
@@ -46,12 +52,31 @@ class Step:
     def replaces(self) -> bool:
         return any(technique.kind is not None for technique in self.candidates)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether it removes channels."""
+        return any(technique.kind == "channels" for technique in self.candidates)
+
+    @property
+    def is_of_networks(self) -> bool:
+        """Whether it acts on the whole network, so that there is nothing to choose."""
+        return any(technique.kind == "network" for technique in self.candidates)
+
 
 @dataclass(frozen=True)
 class Recipe:
     steps: tuple[Step, ...]
     document: dict[str, Any]
     store: str = "smallest"
+
+    def parts(self) -> tuple[list[Technique], list[Step], list[Technique]]:
+        """Techniques for the whole network that come first, the steps among whose candidates is chosen, and those for
+        the whole network that come last."""
+        chosen = [number for number, step in enumerate(self.steps) if step.replaces and not step.is_of_networks]
+        first, last = (chosen[0], chosen[-1]) if chosen else (len(self.steps), len(self.steps))
+        whole = [(number, step.candidates[0]) for number, step in enumerate(self.steps) if step.is_of_networks]
+        before = [technique for number, technique in whole if number < first]
+        return before, [self.steps[number] for number in chosen], [technique for number, technique in whole if number > last]
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -117,18 +142,40 @@ def _parse(document: Any, where: str) -> Recipe:
 
 
 def check_order(recipe: Recipe, where: str = "recipe") -> None:
-    """Techniques that replace modules or cut channels come before those that code tensors."""
+    """Techniques that replace modules or cut channels come before those that code tensors; those that rewrite the whole
+    network come before all of them, those that change what it computes after."""
+    _check_networks(recipe, where)
     coded: tuple[str, int] | None = None
     for number, step in enumerate(recipe.steps, 1):
         for technique in step.candidates:
-            if technique.kind == "module" and coded is not None:
+            if technique.kind in ("module", "channels") and coded is not None:
+                what = "modules" if technique.kind == "module" else "channels"
                 raise RecipeError(
-                    f"{technique.name} changes modules and must come before {coded[0]}, which codes tensors, but it is "
+                    f"{technique.name} changes {what} and must come before {coded[0]}, which codes tensors, but it is "
                     f"step {number} and {coded[0]} is step {coded[1]} ({where}); swap the steps"
                 )
         tensors = [technique.name for technique in step.candidates if technique.kind == "tensor"]
         if tensors and coded is None:
             coded = (tensors[0], number)
+
+
+def _check_networks(recipe: Recipe, where: str) -> None:
+    chosen = [number for number, step in enumerate(recipe.steps, 1) if step.replaces and not step.is_of_networks]
+    for number, step in enumerate(recipe.steps, 1):
+        if not step.is_of_networks:
+            continue
+        technique = step.candidates[0]
+        if len(step.candidates) > 1:
+            raise RecipeError(
+                f"{technique.name} acts on the whole network, so its settings must be single values, got a choice of "
+                f"{len(step.candidates)} ({where}, step {number}); take one"
+            )
+        if step.training is not None:
+            raise RecipeError(f"{technique.name} trains nothing ({where}, step {number}); train belongs to another step")
+        if technique.exact and any(other < number for other in chosen):
+            raise RecipeError(f"{technique.name} must come first, but it is step {number} ({where}); move it up")
+        if not technique.exact and any(other > number for other in chosen):
+            raise RecipeError(f"{technique.name} must come last, but it is step {number} ({where}); move it down")
 
 
 def _step(step: Any, where: str) -> Step:
@@ -144,6 +191,8 @@ def _step(step: Any, where: str) -> Step:
     kinds = {technique.kind is None for technique in candidates}
     if len(kinds) > 1:
         raise RecipeError(f"the candidates of a step must all replace something, or none of them ({where}); split the step")
+    if len({technique.kind == "channels" for technique in candidates}) > 1:
+        raise RecipeError(f"the candidates of a step must all remove channels, or none of them ({where}); split the step")
     training, losses = _training(step["train"], where) if "train" in step else (None, ())
     return Step(tuple(candidates), training, losses)
 

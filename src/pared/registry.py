@@ -24,7 +24,7 @@ def names() -> tuple[str, ...]:
     """The names of all techniques, without importing them."""
     found = set()
     for family in FAMILIES:
-        if importlib.util.find_spec(f"pared.{family}") is not None:
+        if _is_module(f"pared.{family}"):
             package = importlib.import_module(f"pared.{family}")
             found |= {f"{family}.{entry.name}" for entry in pkgutil.iter_modules(package.__path__)}
     found |= {entry.name for entry in metadata.entry_points(group="pared.techniques")}
@@ -34,14 +34,20 @@ def names() -> tuple[str, ...]:
 @cache
 def get(name: str) -> type[Technique]:
     """The technique class of a name such as `quantize.integer`."""
+    family, _, own = name.partition(".")
+    named = own.isidentifier() and not own.startswith("_")
+    if family in FAMILIES and named and _is_module(f"pared.{family}") and _is_module(f"pared.{name}"):
+        return technique_in(f"pared.{name}")
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names())}"
         raise RecipeError(f"there is no technique {name}; {hint}")
-    for entry in metadata.entry_points(group="pared.techniques"):
-        if entry.name == name:
-            return _of_another_package(entry)
-    return technique_in(f"pared.{name}")
+    entry = next(entry for entry in metadata.entry_points(group="pared.techniques") if entry.name == name)
+    return _of_another_package(entry)
+
+
+def _is_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _of_another_package(entry: metadata.EntryPoint) -> type[Technique]:

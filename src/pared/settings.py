@@ -18,6 +18,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class Structure(BaseModel):
+    """What `build` cannot know from shapes and settings; typed and versioned by its technique."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int = 1
+
+
 def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     """What a field accepts, in words.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pared.cut import Cut, Group
 from pared.errors import InputError
 
 
@@ -19,25 +20,27 @@ class Site:
     """One place that a technique may replace.
 
     A tensor site is a storage together with all its owners, so tied weights stay tied; a module site is a module
-    together with all the paths at which it is found.
+    together with all the paths at which it is found; a channels site is a group of channels that lie in many tensors.
 
     Args:
         root: the module in which the paths are looked up.
         paths: dotted paths from `root`, the first one in traversal order is the site's name.
-        kind: "tensor" (a parameter or a persistent buffer) or "module".
+        kind: "tensor" (a parameter or a persistent buffer), "module" or "channels".
         covers: first path of every tensor whose value the site replaces; sites that cover a common tensor exclude
             each other.
         positions: at how many positions (pixels, time steps) per example the weight is applied; 0 if unknown.
             MACs of a dense weight = positions * numel.
         relaxed: the trainable stand-in that trained this site, if there was one.
+        group: of a channels site; None where the site comes from a file.
     """
 
     root: nn.Module
     paths: tuple[str, ...]
-    kind: Literal["tensor", "module"]
+    kind: Literal["tensor", "module", "channels"]
     covers: tuple[str, ...]
     positions: float = 0.0
     relaxed: nn.Module | None = field(default=None, repr=False)
+    group: Group | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module, name: str | None = None) -> Site:
@@ -67,6 +70,11 @@ class Site:
             raise TypeError(f"{self.path} is a module, not a tensor")
         return cast(Tensor, getattr(self.owner, self.name)).detach()
 
+    def tensor_at(self, path: str) -> Tensor:
+        """The present value of a tensor below the root, detached."""
+        parent, _, name = path.rpartition(".")
+        return cast(Tensor, getattr(self.root.get_submodule(parent), name)).detach()
+
     @property
     def module(self) -> nn.Module:
         if self.kind != "module":
@@ -77,7 +85,8 @@ class Site:
     def device(self) -> torch.device:
         if self.kind == "tensor":
             return self.tensor.device
-        tensor = next(iter([*self.module.parameters(), *self.module.buffers()]), None)
+        held = self.module if self.kind == "module" else self.root
+        tensor = next(iter([*held.parameters(), *held.buffers()]), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
@@ -96,6 +105,8 @@ class Site:
 
     def on_meta(self) -> Site:
         """The same site with shapes and no values: what `build` may look at."""
+        if self.kind == "channels":
+            return replace(self, root=_meta_copy(self.root))
         if self.kind == "module":
             holder = nn.Module()
             holder.add_module("site", _meta_copy(self.module))
@@ -180,6 +191,11 @@ def module_sites(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iter
         yield Site(model, tuple(paths[key]), "module", covers)
 
 
+def network_site(model: nn.Module) -> Site:
+    """The whole network, which covers every tensor in it."""
+    return Site(model, ("",), "module", tuple(name for name, _ in model.named_parameters()))
+
+
 class Decoded(nn.Module):
     """Holds the decoder of a tensor as a parametrization, and the decoded value while in eval mode.
 
@@ -244,8 +260,11 @@ def install_(site: Site, parts: nn.Module, *, cache: bool = True) -> None:
     """Put the parts in the place of the site, at every owner.
 
     Tensor: the parts (a module without inputs that returns the tensor) decode it from then on; the owner stays an
-    instance of its class. Module: the parts take the module's place.
+    instance of its class. Module: the parts take the module's place. Channels: the parts (a `Cut`) change the root.
     """
+    if isinstance(parts, Cut):
+        parts(site.root)
+        return
     if site.kind == "module":
         if parts is site.module:  # changed in place; also the one way to change the root itself
             return
@@ -272,12 +291,41 @@ def hold_(owner: nn.Module, name: str, decoded: nn.Module, like: Tensor) -> None
         owner._parameters[name] = empty
     else:
         raise InputError(f"{name} must be a parameter or a buffer of {type(owner).__name__}; it is neither")
-    training = owner.training
     parametrize.register_parametrization(owner, name, decoded, unsafe=True)
-    owner.train(training)
+    lists = cast(nn.ModuleDict, owner.parametrizations)
+    lists.training = owner.training
+    lists[name].train(owner.training)
     if isinstance(owner, nn.RNNBase) and not isinstance(vars(type(owner)).get("_flat_weights"), _Unflattened):
         owner.__dict__.pop("_flat_weights", None)
         type(owner)._flat_weights = _Unflattened()  # type: ignore[assignment]
+
+
+class Held(nn.Module):
+    """A tensor as it is, in the place of a decoder."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        return cast(Tensor, self.value)
+
+
+def _recode_(model: nn.Module, coded: Mapping[str, nn.Module]) -> set[int]:
+    """Give coded tensors other decoders, in place; the ids of the modules that hold them. A module of which one tensor
+    stays coded keeps all: the class that torch gave it cannot be left for some of its tensors only."""
+    owners = {path.rpartition(".")[0] for path in coded}
+    found: dict[int, nn.Module] = {}
+    for prefix, module in list(model.named_modules(remove_duplicate=False)):
+        if prefix not in owners:
+            continue
+        found[id(module)] = module
+        for name, chain in cast(nn.ModuleDict, module.parametrizations).items():
+            held = cast(Decoded, chain[0])  # type: ignore[index]
+            path = f"{prefix}.{name}" if prefix else name
+            held.decoder = coded[path] if path in coded else Held(cast(Tensor, getattr(module, name)).detach().clone())
+            held.cache = False
+    return set(found)
 
 
 def duplicate(model: nn.Module) -> nn.Module:
@@ -290,12 +338,17 @@ def duplicate(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """A copy in which every coded tensor is an ordinary parameter or buffer under its own path (tied ones stay tied)."""
+def plain(model: nn.Module, coded: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """A copy in which every coded tensor is an ordinary parameter or buffer under its own path (tied ones stay tied).
+
+    Args:
+        coded: new decoders, by path, of tensors that are to stay coded.
+    """
     twin = duplicate(model)
+    kept = _recode_(twin, coded or {})
     values: dict[int, Tensor] = {}
     for module in list(twin.modules()):
-        if not parametrize.is_parametrized(module):
+        if not parametrize.is_parametrized(module) or id(module) in kept:
             continue
         lists = cast(nn.ModuleDict, module.parametrizations)
         found: dict[str, Tensor] = {}

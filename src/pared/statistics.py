@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,25 +125,156 @@ class Curvature:
         return max(uses, key=Kronecker.trace, default=None)
 
 
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """How a group of channels responds to data: arrays of its number of channels.
+
+    Args:
+        taylor: the mean over examples of the square of the sum over positions of x dL/dx, x the channel's value.
+        fisher: the mean over examples of the sum over positions of (dL/dx)^2 x^2.
+        apoz: the share of positions at which x is not zero.
+    """
+
+    taylor: np.ndarray
+    fisher: np.ndarray
+    apoz: np.ndarray
+
+
+@dataclass(frozen=True)
+class Port:
+    """A place where values can be seen and changed from outside: what a module takes, or what it gives."""
+
+    module: str
+    side: Literal["input", "output"]
+
+    def __str__(self) -> str:
+        return f"{self.side} of {self.module or 'the network'}"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator of a network's graph.
+
+    Args:
+        kind: such as "conv2d"; in place or not is the same.
+        module: path of the innermost module in which it runs.
+        inputs: numbers of the values that it reads, in the order of its arguments.
+        states: paths of the parameters and buffers that it reads, by the position of the argument.
+        output: number of the value that it gives.
+        constants: its other arguments, by position.
+    """
+
+    kind: str
+    module: str
+    inputs: tuple[int, ...]
+    states: dict[int, str]
+    output: int
+    constants: dict[int, Any]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How values flow through a network: its operators in order, and the ports through which values pass.
+
+    Args:
+        ports: by value, where it can be changed from outside, each with the operations (by number) that then see it
+            changed. Modules that are called more than once have no ports.
+        results: values that the network returns.
+        shapes: of the values in the example call.
+    """
+
+    operations: tuple[Operation, ...]
+    ports: dict[int, tuple[tuple[Port, frozenset[int]], ...]]
+    results: frozenset[int]
+    shapes: dict[int, tuple[int, ...]]
+
+    @cached_property
+    def producers(self) -> dict[int, int]:
+        """The number of the operation that gives a value."""
+        return {operation.output: number for number, operation in enumerate(self.operations)}
+
+    @cached_property
+    def consumers(self) -> dict[int, tuple[int, ...]]:
+        """The numbers of the operations that read a value."""
+        found: dict[int, list[int]] = {}
+        for number, operation in enumerate(self.operations):
+            for value in dict.fromkeys(operation.inputs):
+                found.setdefault(value, []).append(number)
+        return {value: tuple(numbers) for value, numbers in found.items()}
+
+    def uses(self, path: str) -> list[Operation]:
+        """The operations that read the parameter or buffer at a path."""
+        return [operation for operation in self.operations if path in operation.states.values()]
+
+    def only_consumer(self, value: int) -> Operation | None:
+        """The one operation that reads a value, if there is just one and the network does not return it."""
+        numbers = self.consumers.get(value, ())
+        return self.operations[numbers[0]] if len(numbers) == 1 and value not in self.results else None
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """How the values at a port are distributed.
+
+    Args:
+        counts: (n,) in bins of equal width from `low` to `high`, the extremes that were seen.
+        reach: by axis (1 and the last), the largest magnitude at each of its indices.
+    """
+
+    counts: Tensor
+    low: float
+    high: float
+    reach: dict[int, Tensor]
+
+    def centres(self) -> Tensor:
+        """The middle of each bin."""
+        n = len(self.counts)
+        return self.low + (self.high - self.low) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+
 class Statistics:
-    """Curvature by tensor path, as observed on calibration data; empty when there were none."""
+    """What was observed on calibration data: curvature by tensor path, responses by group of channels, how values flow,
+    how they are distributed; empty when there were no data.
+
+    Args:
+        flow: the graph as techniques that act on the whole network see it; None where it was not asked for.
+        values: the distribution at every port of the flow.
+    """
 
     def __init__(
-        self, curvatures: dict[str, Curvature] | None = None, positions: dict[str, float] | None = None
+        self,
+        curvatures: dict[str, Curvature] | None = None,
+        positions: dict[str, float] | None = None,
+        flow: Flow | None = None,
+        values: dict[Port, Histogram] | None = None,
+        responses: dict[str, Responses] | None = None,
     ) -> None:
         self._curvatures = dict(curvatures or {})
         self.positions = dict(positions or {})
+        self.flow = flow
+        self.values = dict(values or {})
+        self._responses = dict(responses or {})
+
+    def responses(self, group: str) -> Responses | None:
+        """What was observed for the channels of a group, or None if nothing was."""
+        return self._responses.get(group)
+
 
     def curvature(self, path: str) -> Curvature | None:
         """What was observed for the tensor at this path (any of its owners), or None if nothing was."""
         return self._curvatures.get(path)
 
     def copy(self) -> Statistics:
-        return Statistics(self._curvatures, self.positions)
+        return Statistics(self._curvatures, self.positions, self.flow, self.values, self._responses)
+
 
     def update(self, curvatures: dict[str, Curvature]) -> None:
         """Add what the tensors inside new parts see."""
         self._curvatures.update(curvatures)
+
+    def respond(self, responses: dict[str, Responses]) -> None:
+        """Add how groups of channels respond."""
+        self._responses.update(responses)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._curvatures)

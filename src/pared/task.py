@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -325,6 +326,30 @@ def class_logits(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
     if sequence:
         logits = logits.transpose(1, 2)
     return logits, targets if isinstance(targets, Tensor) else None
+
+
+def float_outputs(outputs: Any) -> list[Tensor]:
+    """All floating-point tensors of a model's outputs (model output classes are mappings that pytree may not know)."""
+    tree = dict(outputs.items()) if hasattr(outputs, "items") else outputs
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def output_weights(reference: list[Tensor], size: int) -> list[float]:
+    """What the squared error of each output counts, where there are several and no softmax tells their scale.
+
+    Every output counts the same in units of its own variance over the examples: boxes within [0, 1] as much as scores of
+    any size. The weights are the mean variance over the output's own, so a single output has weight 1.
+    """
+    if len(reference) < 2:
+        return [1.0] * len(reference)
+    spreads = []
+    for leaf in reference:
+        values = leaf.detach().double()
+        varied = size > 1 and values.ndim > 0 and len(values) == size
+        spreads.append(float((values - values.mean(0)).square().mean() if varied else values.square().mean()))
+    known = [spread for spread in spreads if math.isfinite(spread) and spread > 0]
+    mean = sum(known) / len(known) if known else 1.0
+    return [mean / spread if math.isfinite(spread) and spread > 1e-12 * mean else 1.0 for spread in spreads]
 
 
 def _is_token_ids(leaf: Any, logits: Tensor) -> bool:

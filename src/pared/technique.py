@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import SerializeAsAny, ValidationError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pared import store
+from pared.cut import Cut, CutStructure
 from pared.errors import RecipeError
-from pared.settings import Settings, explain
-from pared.site import Decoded, Site, install_, module_sites, tensor_sites
+from pared.settings import Settings, Structure, explain
+from pared.site import Decoded, Site, install_, module_sites, network_site, tensor_sites
 from pared.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ if TYPE_CHECKING:
 
 ENTRY_BITS = 8 * 28
 """What naming one more tensor costs in the file, on average over the files of the benchmark: manifest entry and digest."""
-
-
-class Structure(BaseModel):
-    """What `build` cannot know from shapes and settings; typed and versioned by its technique."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,18 @@ class Modules:
     """Acts on instances of these classes."""
 
     classes: tuple[type[nn.Module], ...]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Acts on groups of channels that lie in many tensors; its parts are a `pared.cut.Cut`."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Acts on the network as a whole, wherever it is named: what it does follows from how values flow, and it is no
+    choice of the allocator, since it saves no bits by itself."""
+
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,25 @@ class Cost:
         return self if isinstance(other, int) else other + self
 
 
+Kind = Literal["tensor", "module", "channels", "network"]
+"""What a technique changes."""
+
+
 class Technique(Settings):
     """Replaces tensors by codes or modules by cheaper modules; or shapes training; or prepares a model by an exact rewrite."""
 
-    acts_on: ClassVar[Tensors | Modules | None] = None
+    acts_on: ClassVar[Tensors | Modules | Groups | Network | None] = None
     reads: ClassVar[tuple[type, ...]] = ()
+    corrects: ClassVar[bool] = False
+    """Whether the layers after what it changed are fitted anew to the original's outputs, in order."""
     paper: ClassVar[str] = ""
     structure_type: ClassVar[type[Structure]] = Structure
+    keeps_size: ClassVar[bool] = False
+    """Whether what it leaves comes out of training at the size that was planned."""
     ladder: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Settings from gentle to harsh, with which the conformance suite runs."""
+    exact: ClassVar[bool] = False
+    """Whether it only rewrites: the network computes the same before and after. Such techniques come first in a recipe."""
 
     @property
     def name(self) -> str:
@@ -86,15 +102,20 @@ class Technique(Settings):
         return ".".join(type(self).__module__.split(".")[-2:])
 
     @property
-    def kind(self) -> Literal["tensor", "module"] | None:
-        """What sort of site it replaces; None if it replaces nothing."""
-        return {Tensors: "tensor", Modules: "module", type(None): None}[type(self.acts_on)]
+    def kind(self) -> Kind | None:
+        """What it changes; None if it changes nothing."""
+        kinds: dict[type, Kind] = {Tensors: "tensor", Modules: "module", Groups: "channels", Network: "network"}
+        return kinds.get(type(self.acts_on))
 
     def __str__(self) -> str:
         """Name and settings; of those at their default only the first, which is the one that matters most."""
         changed, first = self.model_dump(exclude_defaults=True), next(iter(type(self).model_fields), None)
         fields = {k: v for k, v in self.model_dump().items() if k in changed or (k == first and v is not None)}
         return f"{self.name}({', '.join(f'{key}={value}' for key, value in fields.items())})"
+
+    def wants(self, statistic: type) -> bool:
+        """Whether it reads such statistics with the settings that it has."""
+        return statistic in self.reads
 
     # -- it replaces ---------------------------------------------------------------------------------------------------
 
@@ -107,6 +128,12 @@ class Technique(Settings):
                     yield site
         elif isinstance(self.acts_on, Modules):
             yield from module_sites(model, self.acts_on.classes)
+        elif isinstance(self.acts_on, Groups) and graph is not None:
+            for group in graph.groups:
+                covers = tuple(dict.fromkeys(piece.path for piece in group.slices))
+                yield Site(model, (group.name,), "channels", covers, group=group)
+        elif isinstance(self.acts_on, Network):
+            yield network_site(model)
 
     def refuse(self, site: Site) -> str | None:
         """The reason why it leaves the site alone, or None."""
@@ -120,7 +147,10 @@ class Technique(Settings):
         """The cheaper parts, from shapes, settings and structure alone; values are arbitrary until `fit`.
 
         Tensor site: a module without inputs that returns the tensor. Module site: a module that takes its place.
+        Channels: the `Cut` of the structure. The whole network: the network, changed in place.
         """
+        if isinstance(structure, CutStructure):
+            return Cut(structure)
         raise NotImplementedError(f"{type(self).__name__} replaces nothing")
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
@@ -176,14 +206,22 @@ class Technique(Settings):
             return None
         return curvature.damage(weight.float().cpu() - value_at(site.root, site.covers[0]).float().cpu())
 
-    def lower(self, parts: nn.Module) -> Any:
-        """What a runtime should execute; None means the decoded dense tensor (or the parts as they are)."""
+    def lower(self, parts: nn.Module) -> nn.Module | None:
+        """For export, the decoder written in the operators of `pared.lowered`; None means the decoded dense tensor."""
         return None
+
+    def leaving(self, paths: Sequence[str]) -> Technique:
+        """Of the whole network: the same but for these modules, which it is to leave as they are. Default: itself."""
+        return self
 
     # -- it shapes training --------------------------------------------------------------------------------------------
 
     def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
-        """A trainable stand-in whose forward equals build and fit. Tensor sites: straight through; module sites: the parts."""
+        """A trainable stand-in whose forward equals build and fit. Tensor sites: straight through; module sites: the parts.
+
+        A stand-in may have `anneal(progress)`, called on the way; `settle()`, which gives the parts with what was trained; and
+        `coded_bits()` with `aim_bits`, which give its bits a price in the loss, see `pared.train.price`.
+        """
         if site.kind == "tensor":
             return StraightThrough(self, site, structure, statistics)
         parts = build(self, site, structure)
@@ -334,6 +372,12 @@ class Chain(Technique):
         for technique in links:
             if technique.kind is None:
                 raise RecipeError(f"a chain must hold techniques that replace something; {technique.name} does not")
+            if technique.kind == "channels" and len(links) > 1:
+                raise RecipeError(f"{technique.name} acts on many tensors and cannot stand in a chain; make it a step of its own")
+            if technique.kind == "network":
+                raise RecipeError(
+                    f"{technique.name} acts on the whole network and cannot be part of a chain; give it a step of its own"
+                )
         for later in links[1:]:
             if later.kind == "module":
                 raise RecipeError(
@@ -350,7 +394,7 @@ class Chain(Technique):
         return self.techniques[0]
 
     @property
-    def kind(self) -> Literal["tensor", "module"] | None:
+    def kind(self) -> Kind | None:
         return self.first.kind
 
     def __str__(self) -> str:
@@ -508,7 +552,7 @@ def value_at(root: nn.Module, path: str) -> Tensor:
 
 def kept_of(site: Site) -> set[int]:
     """Tensors that the site's module keeps as they are (a bias): they are no part of what a technique adds."""
-    if site.kind == "tensor":
+    if site.kind != "module":
         return set()
     return {id(t) for t in [*site.module.parameters(), *site.module.buffers()]} - site.covered
 
@@ -592,13 +636,17 @@ class Edit:
     structure: Structure
 
     def site(self, model: nn.Module) -> Site:
-        kind = cast(Literal["tensor", "module"], self.technique.kind)
+        kind = self.technique.kind
+        if kind == "channels":
+            return Site(model, self.paths, kind, ())
+        if kind == "network":
+            return network_site(model)
         if kind == "module":
             target = model.get_submodule(self.paths[0])
             match = [s for s in self.technique.sites(model) if s.path == self.paths[0]]
             covers = match[0].covers if match else tuple(f"{self.paths[0]}.{n}" for n, _ in target.named_parameters())
-            return Site(model, self.paths, kind, covers)
-        return Site(model, self.paths, kind, (self.paths[0],))
+            return Site(model, self.paths, "module", covers)
+        return Site(model, self.paths, "tensor", (self.paths[0],))
 
     def replay_(self, model: nn.Module, *, cache: bool = True) -> nn.Module:
         """Build the parts on a model of the original class, in place; returns the parts, whose values are still arbitrary."""

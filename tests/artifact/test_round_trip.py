@@ -27,6 +27,20 @@ CODED = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def plain_attention():
+    """Torch's fused attention rounds otherwise than the operators that it stands for, on some processors."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """In eval mode, without gradients: torch multiplies by weights that take gradients in another way, with other rounding."""
+    return model.eval().requires_grad_(False)
+
+
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {path: value for path, value in model.state_dict().items() if value.numel()}
 
@@ -36,7 +50,7 @@ def test_any_model_comes_back_bit_for_bit_with_and_without_its_class(name, make,
     it = make(name)
     loaded, own = artifact.load(tmp_path / "a.pared"), artifact.load(tmp_path / "a.pared", it.cls())
     with torch.no_grad():
-        assert same(loaded(*it.args), it.model(*it.args))
+        assert same(loaded(*it.args), frozen(it.model)(*it.args))
     assert own.training
     expected, found = it.model.state_dict(), own.state_dict()
     assert list(expected) == list(found)
@@ -50,9 +64,9 @@ def test_coded_models_compute_the_same_bits_with_and_without_their_class(name, t
     loaded, own = artifact.load(tmp_path / "a.pared"), artifact.load(tmp_path / "a.pared", fresh)
     assert own is fresh
     with torch.no_grad():
-        expected = it.model(*it.args)
+        expected = frozen(it.model)(*it.args)
         assert same(loaded(*it.args), expected)
-        assert same(own.eval()(*it.args), expected)
+        assert same(frozen(own)(*it.args), expected)
     assert all(same_bits(a, b) for a, b in zip(state(it.model).values(), state(own).values(), strict=True))
     assert record_of(own).edits == record_of(loaded).edits == record_of(it.model).edits
 
@@ -78,7 +92,8 @@ def test_decoding_at_every_call_computes_the_same(cache, make, tmp_path, same):
     held = [m for m in [*loaded.modules(), *own.modules()] if isinstance(m, Decoded)]
     assert held and any(m.cache for m in held) == cache
     with torch.no_grad():
-        assert same(loaded(*it.args), it.model(*it.args)) and same(own.eval()(*it.args), it.model(*it.args))
+        expected = frozen(it.model)(*it.args)
+        assert same(loaded(*it.args), expected) and same(frozen(own)(*it.args), expected)
     assert any(m._value is not None for m in held) == cache
 
 

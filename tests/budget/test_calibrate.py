@@ -363,3 +363,56 @@ def test_divergence_is_the_mean_over_positions_with_a_target():
     each = (p.exp() * (p - q)).sum(2)
     expected = torch.stack([each[0, :2].mean(), each[1].mean(), each[2, [1, 3]].mean()])
     torch.testing.assert_close(found.float(), expected)
+
+
+class Fixed(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self):
+        return self.value
+
+
+class TwoHeads(nn.Module):
+    """Boxes within [0, 1] beside scores of any size."""
+
+    def __init__(self, scale):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.boxes, self.scores = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+        self.scale = scale
+
+    def forward(self, x):
+        y = torch.tanh(self.body(x))
+        return {"boxes": self.boxes(y).sigmoid(), "scores": self.scale * self.scores(y)}
+
+
+def two_heads(scale):
+    model = TwoHeads(scale).eval()
+    x = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
+    task = Task([(x, None)], [(x, None)], loss=lambda outputs, batch: outputs["boxes"].mean(), metric=lambda o, b: o["boxes"][:, 0])
+    return model, task, gather(model, task)
+
+
+def test_every_output_counts_the_same_whatever_its_unit():
+    shares = []
+    for scale in (1.0, 1000.0):
+        model, task, statistics = two_heads(scale)
+        found = {}
+        for head in ("boxes", "scores"):
+            weight = getattr(model, head).weight.detach()
+            found[head] = statistics.curvature(f"{head}.weight").damage(0.05 * weight)
+        shares.append(found["boxes"] / sum(found.values()))
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)
+    assert 0.1 < shares[0] < 0.9
+
+
+def test_with_several_outputs_predicted_damage_is_the_measured_one():
+    model, task, statistics = two_heads(30.0)
+    batches = list(task.calibration())
+    originals = references(model, task, batches)
+    for site in tensor_sites(model):
+        delta = 0.02 * torch.randn(site.tensor.shape, generator=torch.Generator().manual_seed(2))
+        measured = measure(model, site, Fixed(site.tensor.detach() + delta), task, batches, originals)
+        assert statistics.curvature(site.path).damage(delta) == pytest.approx(measured, rel=0.5)

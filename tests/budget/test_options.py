@@ -8,7 +8,7 @@ from torch import nn
 
 from pared import store
 from pared.budget import allocate, fixed_bits, gather, options, sensitivity
-from pared.budget.damage import installed, measure, references
+from pared.budget.damage import held_out, installed, measure, references
 from pared.site import Site, install_, tensor_sites
 from pared.statistics import Statistics
 from pared.task import Task
@@ -111,7 +111,7 @@ def test_damage_that_cannot_be_predicted_is_measured(setting):
     site = Site(twin, option.site.paths, "module", option.site.covers)
     torch.manual_seed(1)
     parts = Shrink().solve(site, Statistics())[1]
-    batches = list(task.calibration(96))
+    batches = held_out(task, 96)
     originals = references(model, task, batches)
     by_hand = measure(twin, site, parts, task, batches, originals)
     install_(site, parts)

@@ -106,8 +106,23 @@ def test_every_floating_point_output_of_a_detector_counts():
     student = {"boxes": torch.randn(2, 5, 4), "scores": [torch.randn(2, 5)], "n": torch.tensor([5, 5])}
     teacher = {"boxes": torch.randn(2, 5, 4), "scores": [torch.randn(2, 5)], "n": torch.tensor([4, 5])}
     batch = (torch.zeros(2, 3), [{"boxes": 0}, {"boxes": 1}])
-    expected = F.mse_loss(student["boxes"], teacher["boxes"]) + F.mse_loss(student["scores"][0], teacher["scores"][0])
+    pairs = [(student["boxes"], teacher["boxes"]), (student["scores"][0], teacher["scores"][0])]
+    spreads = [(b - b.mean(0)).square().mean() for _, b in pairs]
+    expected = sum(sum(spreads) / 2 / spread * F.mse_loss(a, b) for spread, (a, b) in zip(spreads, pairs))
     torch.testing.assert_close(Logits(hard=0).loss(batch, student, teacher), expected)
+
+
+def test_outputs_beside_the_logits_of_a_detector_count_in_whatever_unit_they_are():
+    batch = (torch.zeros(4, 3), {"boxes": torch.zeros(4, 2), "kind": torch.zeros(4, dtype=torch.long)})
+    teacher = {"boxes": torch.randn(4, 2), "logits": torch.randn(4, 3)}
+    student = {"boxes": teacher["boxes"] + 0.1 * torch.randn(4, 2), "logits": teacher["logits"].clone()}
+    other = [{**outputs, "boxes": 1000 * outputs["boxes"]} for outputs in (student, teacher)]
+    relative = []
+    for pair in ((student, teacher), other):
+        spreads = [(pair[1][key] - pair[1][key].mean(0)).square().mean() for key in ("boxes", "logits")]
+        relative.append(float(Logits(hard=0).loss(batch, *pair) / (sum(spreads) / 2)))
+    assert relative[0] > 0.001
+    assert relative[0] == pytest.approx(relative[1], rel=1e-4)
 
 
 def test_the_user_may_say_what_the_outputs_are():

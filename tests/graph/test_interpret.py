@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -209,3 +211,23 @@ def test_watch_shows_every_value_once() -> None:
     watch(program, root, (torch.randn(3, 4),), {}, see)
     assert set(shapes) == set(range(len(program.kinds)))
     assert shapes[0] == [(3, 4)]
+
+
+def test_values_are_freed_without_the_garbage_collector() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    program, root = rooted(model, torch.randn(2, 4))
+    values: list[weakref.ref[torch.Tensor]] = []
+
+    def observe(index: int, node: Any, op: str, inputs: Any, run: Any) -> Any:
+        output = run()
+        values.append(weakref.ref(output))
+        return output
+
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = interpret(program, root, (torch.randn(2, 4),), {}, observe)
+        del outputs
+        assert [value() for value in values] == [None, None]
+    finally:
+        gc.enable()

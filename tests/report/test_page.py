@@ -231,3 +231,13 @@ def test_a_file_is_written_and_a_place_that_cannot_be_is_named(result, tmp_path)
 def test_what_is_no_result_is_named(bad, where):
     with pytest.raises(InputError, match=where):
         html(bad)
+
+
+def test_how_the_drop_was_accepted_is_told(result):
+    stated = {"max_drop": 0.5, "drop": 0.21, "standard_error": 0.17, "margin": 0.17, "n": 2000, "n_groups": 2000, "unit": "pp"}
+    result["acceptance"] = stated
+    text = text_of(html(result))
+    assert "On validation data the drop was 0.21 points; with a margin of 0.17 for chance, against 0.5" in text
+    assert "asked for, it was accepted." in text
+    result["acceptance"] = {**stated, "drop": 0.4}
+    assert "it was not accepted" in text_of(html(result))

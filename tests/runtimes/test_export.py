@@ -127,7 +127,7 @@ def test_bad_arguments(tmp_path):
         runtimes.export(network(), tmp_path / "m.onnx")
     with pytest.raises(InputError, match="no such file"):
         runtimes.run(tmp_path / "m.onnx", x.numpy())
-    with pytest.raises(InputError, match=r"\.pared or \.onnx"):
+    with pytest.raises(InputError, match=r"\.pared, \.onnx or \.xml"):
         runtimes.run(tmp_path / "m.pt", x.numpy())
 
 

@@ -218,3 +218,8 @@ def test_types_that_cannot_be_stored_are_refused(dtype):
         store.encode(np.zeros(3, dtype))
     with pytest.raises(StoreError, match="a coded tensor must be of integers, bool or floats"):
         store.decode("raw", b"", (3,), np.dtype(dtype))
+
+
+def test_every_coder_has_a_section_of_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "coders.md").read_text(encoding="utf-8")
+    assert [name for name in store.names() if f"\n## {name}\n" not in page] == []

@@ -12,6 +12,7 @@ from pared.distill.logits import Logits
 from pared.errors import InputError
 from pared.prune.magnitude import Magnitude
 from pared.quantize.codebook import Codebook
+from pared.quantize.entropy_constrained import EntropyConstrained
 from pared.site import install_, tensor_sites
 from pared.statistics import Statistics
 from pared.task import Task
@@ -89,13 +90,13 @@ def test_a_run_killed_within_an_epoch_ends_with_the_same_bits(net, generated, tw
     assert same_bits(whole, resumed)
 
 
+@pytest.mark.parametrize("technique", [Chain(Magnitude(sparsity=0.8), Codebook(bits=3)), EntropyConstrained(bits=0.5)], ids=str)
 @pytest.mark.parametrize("epoch", [1, 2, 5])
-def test_relaxed_techniques_go_on_with_the_same_tables(net, task, twin, accuracy, tmp_path, epoch):
+def test_relaxed_techniques_go_on_with_the_same_tables(net, task, twin, accuracy, tmp_path, epoch, technique):
     train(net, task, epochs=4, learning_rate=5e-3)
 
     def student() -> nn.Module:
         model = twin(net)
-        technique = Chain(Magnitude(sparsity=0.8), Codebook(bits=3))
         for site in list(tensor_sites(model)):
             if site.tensor.ndim >= 2:
                 install_(site, technique.relax(site, technique.decide(site, Statistics()), Statistics()))

@@ -18,7 +18,7 @@ from pared.graph.operators import find
 from pared.graph.program import Dynamic
 from pared.site import tensor_sites
 from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics, load, save
-from pared.task import Batch, Task, batch_size, class_logits, to_device_of
+from pared.task import Batch, Task, batch_size, class_logits, float_outputs, output_weights, to_device_of
 
 __all__ = ["WIDEST", "gather", "load", "save"]
 
@@ -53,7 +53,8 @@ def gather(
     norms, bare parameters): the squared gradient. Gradients start at the outputs from random vectors whose second
     moment is the Fisher matrix diag(p) - p p^T of the model's own prediction, at every position: sqrt(p) s - p (sqrt(p)
     . s) with random signs s. A label drawn from p has the same moment, but a confident model nearly always draws the
-    one label that tells nothing. For losses other than cross entropy the outputs are moved by a standard normal. Where
+    one label that tells nothing. For losses other than cross entropy the outputs are moved by a standard normal, each in
+    units of its own variance. Where
     a weight is used at several positions, G is scaled so that the trace is that of the whole gradient.
 
     Args:
@@ -123,6 +124,7 @@ class _Calibration:
         self.energy: dict[str, float] = {}
         self.n_floats = self.n_now = 0
         self.scouting = False
+        self.weights = [] if task.classifies else _weights(model, task, batches[0])
 
     def run(self, progress: Progress) -> Statistics:
         twin = _Interpreted(self.program, self.root, self._observe).eval()
@@ -274,10 +276,9 @@ class _Calibration:
     def _propagate(self, outputs: Any, batch: Batch) -> None:
         """One backward pass from random slopes of the outputs, summed over the examples of the batch."""
         if not self.task.classifies:
-            leaves = pytree.tree_leaves(_as_tree(outputs))
-            found = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-            per_example = sum(t.numel() for t in found) / batch_size(batch)
-            pairs = [(t, self._normal(t) / math.sqrt(per_example)) for t in found if t.requires_grad]
+            found, size = float_outputs(outputs), batch_size(batch)
+            scales = [math.sqrt(weight * size / max(len(found) * t.numel(), 1)) for t, weight in zip(found, self.weights)]
+            pairs = [(t, scale * self._normal(t)) for t, scale in zip(found, scales) if t.requires_grad]
             if pairs:
                 torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
             return
@@ -432,9 +433,10 @@ def _values(inputs: list[Any], detach: Callable[[Operand], bool]) -> list[Any]:
     return found
 
 
-def _as_tree(outputs: Any) -> Any:
-    """Outputs as nested lists and dicts (model output classes are mappings that pytree may not know)."""
-    return dict(outputs.items()) if hasattr(outputs, "items") else outputs
+def _weights(model: nn.Module, task: Task, batch: Batch) -> list[float]:
+    """What each output of the model counts, from one batch."""
+    with torch.no_grad():
+        return output_weights(float_outputs(task.outputs(model, batch)), batch_size(batch))
 
 
 def _slice(batch: Batch, start: int, stop: int) -> Batch:

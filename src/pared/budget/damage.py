@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
+from pared.cut import Cut
 from pared.errors import InputError
 from pared.site import Decoded, Site
-from pared.task import Batch, Task, batch_size, class_logits
+from pared.task import Batch, Task, batch_size, class_logits, float_outputs, in_order, output_weights, take
 
 IGNORED = -100
 """The target that cross entropy leaves out."""
@@ -22,8 +22,8 @@ IGNORED = -100
 def divergence(outputs: Any, reference: Any, task: Task, batch: Batch) -> Tensor:
     """How far outputs are from the reference outputs, one number per example, float64.
 
-    Classifiers: KL(reference || outputs), the mean over positions with a target, in nats. Others: half the mean square
-    of the difference over all floating-point outputs.
+    Classifiers: KL(reference || outputs), the mean over positions with a target, in nats. Others: half the mean square of
+    the difference, the mean over all floating-point outputs, each in units of its own variance (`output_weights`).
     """
     size = batch_size(batch)
     if task.classifies:
@@ -40,15 +40,28 @@ def divergence(outputs: Any, reference: Any, task: Task, batch: Batch) -> Tensor
         if targets is not None and targets.shape == per_position.shape:
             counted = (targets.to(per_position.device) != IGNORED).double()
         return (per_position * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
-    pairs = [(a, b) for a, b in zip(_floats(outputs), _floats(reference), strict=True)]
-    for now, before in pairs:
+    found, wanted = float_outputs(outputs), float_outputs(reference)
+    total = torch.zeros(size, dtype=torch.float64)
+    for now, before, weight in zip(found, wanted, output_weights(wanted, size), strict=True):
         if now.shape != before.shape:
             raise InputError(f"outputs must keep their shape, got {tuple(now.shape)} instead of {tuple(before.shape)}")
-    numel = sum(now.numel() for now, _ in pairs) / size
-    if all(now.ndim and len(now) == size for now, _ in pairs):
-        return sum((0.5 * (now.double() - before.double()) ** 2).flatten(1).sum(1) for now, before in pairs) / numel  # type: ignore[return-value]
-    total = sum(float((0.5 * (now.double() - before.double()) ** 2).sum()) for now, before in pairs)
-    return torch.full((size,), total / size / numel, dtype=torch.float64)
+        squares = 0.5 * (now.double() - before.double()).square().cpu()
+        per_example = squares.flatten(1).mean(1) if now.ndim > 1 and len(now) == size else squares
+        total += weight / len(found) * (per_example if per_example.shape == (size,) else squares.mean())
+    return total
+
+
+def held_out(task: Task, n_examples: int) -> list[Batch]:
+    """The first examples of the validation data, on which damage is measured: calibration data are most often training
+    data, of which a network is surer than of others."""
+    batches: list[Batch] = []
+    for batch in in_order(task.val):
+        size = batch_size(batch)
+        batches.append(batch if size <= n_examples else take(batch, n_examples))
+        n_examples -= size
+        if n_examples <= 0:
+            break
+    return batches
 
 
 def references(model: nn.Module, task: Task, batches: Sequence[Batch]) -> list[Any]:
@@ -73,6 +86,13 @@ def measure(
 @contextmanager
 def installed(model: nn.Module, site: Site, parts: nn.Module) -> Iterator[None]:
     """The model with the parts in the place of the site, for a while: values are written over and written back."""
+    if isinstance(parts, Cut):
+        take_back = parts(model)
+        try:
+            yield
+        finally:
+            take_back()
+        return
     if site.kind == "module":
         holders = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in site.paths]
         before = [getattr(holder, name) for holder, name in holders]
@@ -106,7 +126,3 @@ def installed(model: nn.Module, site: Site, parts: nn.Module) -> Iterator[None]:
     finally:
         tensor.data.copy_(kept)
 
-
-def _floats(outputs: Any) -> list[Tensor]:
-    tree = dict(outputs.items()) if hasattr(outputs, "items") else outputs
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pared import store
-from pared.budget.damage import measure, references
+from pared.budget.damage import held_out, measure, references
 from pared.place import Refusal, bytes_of
 from pared.site import Site, tensor_sites
 from pared.statistics import Statistics
@@ -60,7 +60,7 @@ def options(
     Args:
         model: trained, in eval mode; it is not changed.
         statistics: curvature by tensor path and positions for the MACs; empty: weights only.
-        task: on whose calibration data damage is measured where it cannot be predicted; None: relative squared error.
+        task: on whose validation data damage is measured where it cannot be predicted; None: relative squared error.
         graph: what the techniques' sites may need to know of the graph.
         measured: on how many examples.
     """
@@ -186,9 +186,9 @@ class _Gauge:
 
     def measured(self, site: Site, parts: nn.Module) -> float:
         if self.task is None:
-            raise ValueError("damage is measured on a task's calibration data; there is no task")
+            raise ValueError("damage is measured on a task's validation data; there is no task")
         if self._data is None:
-            batches = list(self.task.calibration(self.n_examples))
+            batches = held_out(self.task, self.n_examples)
             self._data = batches, references(self.model, self.task, batches)
         return measure(self.model, site, parts, self.task, *self._data)
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from pared.budget.calibrate import gather
-from pared.budget.damage import measure, references
+from pared.budget.damage import held_out, measure, references
 from pared.budget.options import N_MEASURED, candidates
+from pared.budget.probe import corrected
 from pared.place import Refusal
 from pared.site import plain
 from pared.statistics import Statistics
@@ -32,11 +33,12 @@ def sensitivity(
         model: trained, in eval mode.
         techniques: with their settings; every one is tried wherever it acts.
         statistics: gathered here when None.
-        n_examples: calibration examples on which the divergence from the original's outputs is measured.
+        n_examples: validation examples on which the divergence from the original's outputs is measured.
     """
     if statistics is None:
-        statistics = gather(plain(model), task, progress=progress)
-    batches = list(task.calibration(n_examples))
+        bare = plain(model)
+        statistics, _ = corrected(bare, task, gather(bare, task, progress=progress), progress)
+    batches = held_out(task, n_examples)
     originals = references(model, task, batches)
     refusals: dict[tuple[str, str, str], Refusal] = {}
     rows = []

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pared.errors import InputError
-from pared.task import Batch, class_logits, logits_of, targets_of
+from pared.task import Batch, batch_size, class_logits, float_outputs, logits_of, output_weights, targets_of
 from pared.technique import Technique
 
 
@@ -23,7 +22,7 @@ class Logits(Technique):
     with logits z and temperature T; T**2 keeps the gradient's size whatever T is. The true label's part, hard times the
     task's own loss, is added by the training loop, where there are labels. With one prediction per position (tokens,
     pixels) the mean is over positions too. Outputs that are no softmax logits are matched by their mean squared
-    difference, in every floating-point tensor among them.
+    difference, in every floating-point tensor among them; where there are several, each in units of its own variance.
 
     Acts on   outputs; no parameter.
     Reads     nothing.
@@ -52,7 +51,7 @@ class Logits(Technique):
         if self.softmax if self.softmax is not None else _classifies(student, batch):
             distance = self._divergence(batch, student, teacher)
         else:
-            distance = _squared_difference(student, teacher)
+            distance = _squared_difference(student, teacher, batch_size(batch))
         return (1 - self.hard) * distance
 
     def _divergence(self, batch: Batch, student: Any, teacher: Any) -> Tensor:
@@ -80,8 +79,8 @@ def _classifies(outputs: Any, batch: Batch) -> bool:
     return targets.shape == (logits.shape[0], *logits.shape[2:])
 
 
-def _squared_difference(student: Any, teacher: Any) -> Tensor:
-    """The sum, over the floating-point tensors of the outputs, of their mean squared difference."""
+def _squared_difference(student: Any, teacher: Any, size: int) -> Tensor:
+    """The sum, over the floating-point tensors of the outputs, of their weighted mean squared difference."""
     own, taught = _values(student), _values(teacher)
     if not own or len(own) != len(taught):
         raise InputError(
@@ -89,18 +88,15 @@ def _squared_difference(student: Any, teacher: Any) -> Tensor:
             f"{len(taught)}; use the same architecture, or a wrapper that gives the same outputs"
         )
     terms = []
-    for a, b in zip(own, taught, strict=True):
+    for a, b, weight in zip(own, taught, output_weights(taught, size), strict=True):
         _same_shape(a, b)
-        terms.append(F.mse_loss(_wide(a), _wide(b.to(a.device))))
+        terms.append(weight * F.mse_loss(_wide(a), _wide(b.to(a.device))))
     return torch.stack(terms).sum()
 
 
 def _values(outputs: Any) -> list[Tensor]:
-    """The logits, where outputs name them; else all floating-point tensors that have a batch axis."""
-    if hasattr(outputs, "logits") or (isinstance(outputs, dict) and "logits" in outputs):
-        return [logits_of(outputs)]
-    leaves = pytree.tree_leaves(outputs)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
+    """All floating-point tensors that have a batch axis; the logits, where nothing else can be seen."""
+    return [leaf for leaf in float_outputs(outputs) if leaf.ndim] or [logits_of(outputs)]
 
 
 def _same_shape(student: Tensor, teacher: Tensor) -> None:

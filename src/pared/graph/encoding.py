@@ -76,6 +76,10 @@ def encode(program: Program) -> list[Any]:
     return [VERSION, parameters, states, [json.loads(call) for call in calls], nodes, outputs, *tail]
 
 
+_MARKS = {"aten": "", "operator": "=", "pared": "%"}
+"""What stands before the name of an operator, by the family that it belongs to."""
+
+
 @final
 class _Writer:
     def __init__(self, program: Program) -> None:
@@ -87,7 +91,7 @@ class _Writer:
         args = [self.argument(value, k) for value in node.args]
         named = {name: self.argument(value, k) for name, value in node.kwargs.items()}
         family, _, name = node.op.partition(".")
-        short = name.removesuffix(".default") if family == "aten" else "=" + name
+        short = _MARKS[family] + (name if family == "operator" else name.removesuffix(".default"))
         return [short, *args, *([named] if named else [])]
 
     def argument(self, value: Any, k: int) -> Any:
@@ -365,10 +369,9 @@ class _Reader:
     def parse(self, call: Any) -> tuple[str, list[Any], Mapping[str, Any]]:
         row = _list(call, "a call", 1, 1000)
         short = _text(row[0], "the name of an operator")
-        if short.startswith("="):
-            op = "operator." + short[1:]
-        else:
-            op = f"aten.{short}" if "." in short else f"aten.{short}.default"
+        family = next((family for family, mark in _MARKS.items() if mark and short.startswith(mark)), "aten")
+        name = short.removeprefix(_MARKS[family])
+        op = f"{family}.{name}" if family == "operator" or "." in name else f"{family}.{name}.default"
         named: Mapping[str, Any] = {}
         rest = row[1:]
         if rest and isinstance(rest[-1], dict):

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from pared import lowered
 from pared.errors import TraceError
 from pared.graph.operators import DEVICE, SCALAR_NAMES, Ref, find
 from pared.graph.program import CONSTANTS, Dynamic, Node, State, Symbol, leaves, map_leaves
@@ -264,6 +265,8 @@ class Graph:
             return args[1]
         if name == "clone.default" and len(args) == 1 and not kwargs and str(args[0].val.stride()) == str(val.stride()):
             return args[0]
+        if target.namespace == "pared" and base in lowered.OPERATORS:
+            return self._add(Value(f"pared.{name}", args, kwargs, val))
         if target.namespace == "pared":
             return self._add(Value(f"aten.{base}.input", args, kwargs, val))
         if name == "_native_batch_norm_legit_no_training.default":

@@ -159,12 +159,7 @@ def _execute(
     k: int, node: Node, function: Callable[..., Any], values: list[Any], lineages: list[Lineage | None],
     device: torch.device, observe: Observe,
 ) -> tuple[Any, Lineage | None]:  # fmt: skip
-    def operand(argument: Any) -> Any:
-        if isinstance(argument, list):
-            return [operand(a) for a in argument]
-        return Operand(resolve(argument, values, device), lineages[argument.index] if isinstance(argument, Ref) else None)
-
-    inputs = [operand(a) for a in node.args]
+    inputs = [_operand(a, values, lineages, device) for a in node.args]
     named = {name: resolve(a, values, device) for name, a in node.kwargs.items()}
     base = node.op.split(".")[1]
     first = inputs[0] if inputs else None
@@ -188,6 +183,13 @@ def _execute(
         bound = operator_arguments(node.op, inputs)
         return unrolled(_Linears(shown), bound), None
     return shown(node.op, inputs, lambda *operands: function(*operands, **named)), None
+
+
+def _operand(argument: Any, values: list[Any], lineages: list[Lineage | None], device: torch.device) -> Any:
+    """A function of its own: one that called itself from within `_execute` would keep every value until a collection."""
+    if isinstance(argument, list):
+        return [_operand(a, values, lineages, device) for a in argument]
+    return Operand(resolve(argument, values, device), lineages[argument.index] if isinstance(argument, Ref) else None)
 
 
 def operator_arguments(op: str, inputs: Inputs) -> dict[str, Any]:

@@ -309,19 +309,23 @@ class ProgramModule(nn.Module):
     """Runs a program on the tensors of `root`; called as the traced model was, it gives what that gave, bit for bit.
 
     Named outputs (a dataclass, an output class of the transformers package) come back as plain dicts. There is no
-    training mode: the operators are those of eval mode. Where nobody can see the difference, element-wise operators
+    training mode, the operators are those of eval mode; with `trains` it can be trained as it is: nothing is dropped and
+    batch statistics stay. Where nobody can see the difference, element-wise operators
     write into their argument. Raises InputError for a call that does not fit, ArtifactError when an operator fails.
     """
 
-    def __init__(self, program: Program, root: nn.Module) -> None:
+    def __init__(self, program: Program, root: nn.Module, *, trains: bool = False) -> None:
         super().__init__()
         self.program = program
         self.root = root
+        self.trains = trains
         self._plan = plan(program)
-        super().train(False)
+        self.training = False
+        if any(module.training for module in root.modules()):
+            root.eval()  # only where it is needed: it makes decoded tensors forget their values
 
     def train(self, mode: bool = True) -> ProgramModule:
-        if mode:
+        if mode and not self.trains:
             raise InputError("a model loaded without its class has no training mode; use pared.load(path, MyNet())")
         super().train(False)
         return self

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 
+from pared import lowered
 from pared.errors import ArtifactError
 
 LARGEST_INT = 2**63 - 1
@@ -315,7 +316,8 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # not their forms for pack
 
 @functools.cache
 def find(name: str) -> Operator | None:
-    """The operator called `name` ("aten.conv2d.default", "operator.add", "operator.getitem"), or None if not listed."""
+    """The operator called `name` ("aten.conv2d.default", "pared.quantize.default", "operator.add", "operator.getitem"),
+    or None if not listed."""
     family, _, rest = name.partition(".")
     if family == "operator":
         if rest == "getitem":
@@ -327,9 +329,10 @@ def find(name: str) -> Operator | None:
         operands = tuple(Argument(f"operand{i}", "number", False, None, False) for i in range(arity))
         return Operator(name, function, operands, ("scalar",))
     base, _, overload = rest.partition(".")
-    if family != "aten" or base not in _ATEN:
+    listed_names = {"aten": _ATEN, "pared": lowered.OPERATORS}.get(family, ())
+    if base not in listed_names:
         return None
-    packet = getattr(torch.ops.aten, base, None)
+    packet = getattr(getattr(torch.ops, family), base, None)
     if (
         packet is None
         or overload not in packet.overloads()

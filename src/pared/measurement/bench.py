@@ -22,7 +22,7 @@ def bench(
     seconds: float = 10.0,
     input_shape: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per target and runtime; in each runtime all targets are timed in turn.
+    """One row per target and runtime; all of them are timed in turn, in one run.
 
     Args:
         targets: models as the command line names them, or .pared files; the first one is the baseline.
@@ -30,7 +30,7 @@ def bench(
 
     Returns:
         Rows with target, runtime, bytes (of the file, or of the weights), batch_size, median, p10, p90 (milliseconds
-        per call), n, and ratio (the first target's median over this one's).
+        per call), n, ratio (the first target's median in that runtime over this one's), and whether it is the fastest.
     """
     from pared import sources
     from pared.runtimes import session
@@ -44,25 +44,25 @@ def bench(
         model, facts = sources.model(target)
         size = file_bytes(target) if Path(target).suffix == ".pared" else original_bytes(model)
         models[target] = model, _example(target, model, facts, batch_size, input_shape), size
-    rows = []
-    for runtime in runtimes:
-        sessions = {
-            target: session(model, runtime, example, threads=threads) for target, (model, example, _) in models.items()
+    sessions = {
+        (target, runtime): session(model, runtime, example, threads=threads)
+        for runtime in runtimes
+        for target, (model, example, _) in models.items()
+    }
+    timed = compare(sessions, n_runs=1000, seconds=seconds * len(runtimes), threads=threads)
+    quickest = min(timed, key=lambda pair: timed[pair].median)
+    return [
+        {
+            "target": target,
+            "runtime": runtime,
+            "bytes": models[target][2],
+            "batch_size": batch_size,
+            **latency.to_json(),
+            "ratio": timed[targets[0], runtime].median / latency.median,
+            "fastest": (target, runtime) == quickest,
         }
-        timed = compare(sessions, n_runs=1000, seconds=seconds, threads=threads)
-        first = timed[targets[0]]
-        for target, latency in timed.items():
-            rows.append(
-                {
-                    "target": target,
-                    "runtime": runtime,
-                    "bytes": models[target][2],
-                    "batch_size": batch_size,
-                    **latency.to_json(),
-                    "ratio": first.median / latency.median,
-                }
-            )
-    return rows
+        for (target, runtime), latency in timed.items()
+    ]
 
 
 def _example(target: str, model: nn.Module, facts: Any, n: int, shape: Sequence[int] | None) -> Any:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pared.errors import InputError
 
+Key = TypeVar("Key")
 MIN_RUNS = 5
 FASTER = 1.05
 """Ratios of medians closer to 1 than this are not told from noise."""
@@ -39,12 +40,12 @@ class Latency:
 
 
 def compare(
-    callables: Mapping[str, Callable[[], Any]],
+    callables: Mapping[Key, Callable[[], Any]],
     n_runs: int = 100,
     n_warmup: int = 3,
     seconds: float = 10.0,
     threads: int | None = None,
-) -> dict[str, Latency]:
+) -> dict[Key, Latency]:
     """Time the callables in turn (A B A B …) after a warm-up.
 
     Args:
@@ -61,7 +62,7 @@ def compare(
         raise InputError("latency needs at least one callable, got none")
     if n_runs < 1 or n_warmup < 0:
         raise InputError(f"n_runs must be at least 1 and n_warmup at least 0, got {n_runs} and {n_warmup}")
-    runs: dict[str, list[float]] = {name: [] for name in callables}
+    runs: dict[Key, list[float]] = {name: [] for name in callables}
     end = time.perf_counter() + seconds
     with torch_threads(threads), _no_garbage_collection():
         for done in range(n_warmup):

@@ -101,6 +101,11 @@ class Drop:
     n_groups: int
     unit: str
 
+    @property
+    def standard_error(self) -> float | None:
+        """A quarter of the 95 % interval, near enough; None where there is no interval."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / (2 * 1.96)
+
     def __str__(self) -> str:
         if self.low is None or self.high is None:
             return f"{self.value:.2f} {self.unit} (n = {self.n})"

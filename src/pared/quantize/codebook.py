@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pared.lowered import LookedUp
 from pared.numerics import FloatName, nearest, table_dtype
 from pared.site import Site
 from pared.statistics import Curvature, Statistics
@@ -124,6 +125,10 @@ class Codebook(Technique):
         if decoder.zero:
             codes = (codes + 1) * (value != 0)
         cast(Tensor, decoder.codes).copy_(codes)
+
+    def lower(self, parts: nn.Module) -> nn.Module:
+        decoder = cast(CodebookDecoder, parts)
+        return LookedUp(decoder.values(), cast(Tensor, decoder.codes))
 
     @staticmethod
     def _importance(site: Site, statistics: Statistics) -> Tensor:

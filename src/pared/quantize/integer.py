@@ -8,14 +8,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pared.lowered import Dequantized
 from pared.numerics import FloatName, as_rows, channel_axis, from_rows, scale_dtype
 from pared.site import Site
-from pared.statistics import Curvature, Statistics
+from pared.statistics import Curvature, Kronecker, Statistics
 from pared.technique import Structure, Technique, Tensors
 
 _CLIPS = {bits: (1.15, 0.2, 20) for bits in (2, 3, 4)} | {5: (1.0, 0.43, 20), 6: (1.0, 0.62, 20)}
 _CLIPS |= {bits: (1.0, 0.86, 8) for bits in (7, 8)}
 """Scales that are tried, by bits: from, to and how many, in parts of the scale that clips nothing. More bits clip less."""
+
+
+DAMPING = 0.01
+"""Of the mean energy of the inputs, added to every one of them before the second moments are inverted."""
+BLOCK = 128
+"""Columns whose errors are carried further together."""
 
 
 class IntegerStructure(Structure):
@@ -63,15 +70,18 @@ class Integer(Technique):
     w[o, i] ~ s[o, g(i)] * q[o, i],   q in [-2**(k-1), 2**(k-1) - 1]
 
     The scale of each group minimises the squared error, weighted by the curvature's diagonal where statistics are at
-    hand: a search over clipping points, then least squares. Scales may be negative, so that the longer half of the
-    integer range serves the longer tail.
+    hand: a search over clipping points, then least squares. Scales of fewer than 8 bits may be negative, so that the
+    longer half of the integer range serves the longer tail.
+
+    With `rounding: compensated` each weight's rounding error is made good by the weights that are not rounded yet, as the
+    second moments of the layer's inputs tell: columns in the order of their inputs' energy, after GPTQ.
 
     Acts on   every floating-point parameter and buffer of 8 elements or more; a tensor of one axis is one channel.
     Stores    numel * bits + 16 * groups  [bits] before entropy coding;  MACs unchanged.
     Reads     curvature, if there is one.
     Refuses   tensors that would grow.
-    Paper     Jacob et al. 2018, arXiv:1712.05877.
-    Differs   symmetric only; scales in float16 and signed; weights only.
+    Paper     Jacob et al. 2018, arXiv:1712.05877; compensated rounding: Frantar et al. 2023, arXiv:2210.17323.
+    Differs   symmetric only; scales in float16 and signed.
 
     >>> from torch import nn
     >>> Integer(bits=4, group=64).cost(Site.of(nn.Linear(64, 32), "weight")).stored_bits
@@ -88,6 +98,12 @@ class Integer(Technique):
     group: Annotated[int, Field(ge=2)] | Literal["tensor", "channel"] = Field(
         default="channel", description="what shares a scale: the tensor, an output channel, or so many weights of a channel"
     )
+    tensors: Literal["all", "matrices"] = Field(
+        default="all", description="all, or only those with two axes or more: biases and gains stay as they are"
+    )
+    rounding: Literal["nearest", "compensated"] = Field(
+        default="nearest", description="each weight by itself, or errors made good by later weights (needs data)"
+    )
 
     def refuse(self, site: Site) -> str | None:
         value = site.tensor
@@ -95,6 +111,8 @@ class Integer(Technique):
         rows, columns = _rows(value.shape, channel_axis(site.owner))
         if self.group == "tensor":
             rows, columns = 1, value.numel()
+        if self.tensors == "matrices" and value.ndim < 2:
+            return "it has one axis, and only matrices are asked for"
         bits = value.numel() * self.bits + 16 * rows * -(-columns // group)
         if bits >= value.numel() * 8 * value.element_size():
             return f"{self.bits}-bit integers with their scales would be larger than the tensor"
@@ -126,6 +144,8 @@ class Integer(Technique):
         top, bottom = grouped.amax(2), grouped.amin(2)
         # the side that reaches further gets the longer half of the range
         reach = torch.where(top.abs() > bottom.abs(), -top, -bottom)
+        if self.bits == 8:  # one step in 256 is not worth a sign that integer kernels do not expect
+            reach = reach.abs()
         widest = torch.where(reach.abs() > 0, reach / -low, torch.ones_like(reach))
         widest = torch.where(widest == 0, torch.ones_like(widest), widest)
         best = widest.clone()
@@ -149,13 +169,34 @@ class Integer(Technique):
     def encode(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         decoder = cast(IntegerDecoder, parts)
         rows = self._rows(site, decoder.axis)
-        scale = decoder.scale.to(torch.float32).repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
-        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        codes = (rows / scale).round_().clamp_(low, high).to(torch.int8)
+        scale = decoder.scale.detach().to(torch.float32).repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
         shape = site.tensor.shape
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        curvature = statistics.curvature(site.covers[0]) if self.rounding == "compensated" else None
+        if curvature is not None:
+            spread = scale if self.group == "tensor" else decoder.spread().detach()
+            full = spread.reshape(shape) if self.group == "tensor" else from_rows(spread, shape, decoder.axis)
+            cast(Tensor, decoder.codes).copy_(compensated(curvature, site.tensor.float(), full, low, high))
+            return
+        codes = (rows / scale).round_().clamp_(low, high).to(torch.int8)
         cast(Tensor, decoder.codes).copy_(
             codes.reshape(shape) if self.group == "tensor" else from_rows(codes, shape, decoder.axis)
         )
+
+    def lower(self, parts: nn.Module) -> nn.Module | None:
+        decoder = cast(IntegerDecoder, parts)
+        codes, scale = cast(Tensor, decoder.codes), decoder.scale.detach().to(torch.float32)
+        n_groups = scale.shape[1]
+        if codes.ndim < 2 or (n_groups > 1 and codes.ndim > 2):
+            return None
+        # integer kernels expect scales above zero; the codes of 7 bits or fewer can change their sign
+        if self.bits < 8:
+            spread = scale.reshape(()) if scale.numel() == 1 else from_rows(decoder.spread(), decoder.shape, decoder.axis)
+            codes, scale = torch.where(spread < 0, -codes, codes), scale.abs()
+        bits = 4 if codes.numel() and int(codes.min()) >= -8 and int(codes.max()) <= 7 else 8
+        if n_groups == 1:
+            return Dequantized(codes, scale.reshape(() if scale.numel() == 1 else (-1,)), decoder.axis, bits=bits)
+        return Dequantized(codes, scale, 1, decoder.group, bits)
 
     def _group(self, site: Site) -> int:
         value = site.tensor
@@ -175,6 +216,46 @@ class Integer(Technique):
         h = h / h.mean().clamp_min(1e-30) + 1e-3
         h = h.to(value.device)
         return h.reshape(1, -1) if self.group == "tensor" else as_rows(h, decoder.axis)
+
+
+def compensated(curvature: Curvature, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Codes, of the tensor's shape, of which each makes good what those before it lost; the nearest ones where no second
+    moments of inputs are at hand, or where those predict that nothing is gained."""
+    nearest = (value / scale).round_().clamp_(low, high)
+    codes = nearest.flatten().clone()
+    numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape)
+    uses = [term for term in curvature.terms if isinstance(term, Kronecker) and term.inputs.ndim == 3]
+    for use in sorted(uses, key=Kronecker.trace):
+        codes[use.as_matrix(numbers)] = _swept(use, value, scale, low, high)
+    found = codes.reshape(value.shape)
+    gains = curvature.damage((found * scale - value).cpu()) <= curvature.damage((nearest * scale - value).cpu())
+    return found if gains else nearest
+
+
+def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Codes as (groups, m, n), column by column: what rounding a column costs is made good by those after it."""
+    w, s = use.as_matrix(value).double(), use.as_matrix(scale).double()
+    a = use.inputs.to(value.device).double()
+    energy = a.diagonal(dim1=1, dim2=2)
+    damping = DAMPING * energy.mean(1).clamp_min(1e-6 * float(energy.mean()) + 1e-30)
+    order = energy.argsort(1, descending=True)
+    n = order.shape[1]
+    across = order[:, None].expand(w.shape)
+    a = a.gather(1, order[:, :, None].expand(a.shape)).gather(2, order[:, None].expand(a.shape))
+    a = a + damping[:, None, None] * torch.eye(n, dtype=a.dtype, device=a.device)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(a)), upper=True)
+    w, s = w.gather(2, across), s.gather(2, across)
+    codes = torch.zeros_like(w)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        errors = torch.zeros_like(w[:, :, start:stop])
+        for j in range(start, stop):
+            codes[:, :, j] = (w[:, :, j] / s[:, :, j]).round().clamp(low, high)
+            error = (w[:, :, j] - codes[:, :, j] * s[:, :, j]) / upper[:, j, j, None]
+            w[:, :, j + 1 : stop] -= error[:, :, None] * upper[:, None, j, j + 1 : stop]
+            errors[:, :, j - start] = error
+        w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
+    return torch.zeros_like(codes).scatter_(2, across, codes).to(value.dtype)
 
 
 def _rows(shape: torch.Size, axis: int) -> tuple[int, int]:

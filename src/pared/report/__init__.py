@@ -16,7 +16,7 @@ __all__ = ["bench_table", "html", "inspection", "report", "sensitivity_table", "
 _LISTS = (
     "edits", "refusals", "untouched", "sensitivity", "predicted_measured", "curve", "trials", "training", "warnings",
 )  # fmt: skip
-_OBJECTS = ("model", "data", "budget", "before", "after", "drop_pp", "agreement", "seconds", "environment")
+_OBJECTS = ("model", "data", "budget", "before", "after", "drop_pp", "agreement", "acceptance", "seconds", "environment")
 
 
 def report(result: Mapping[str, Any], path: str | Path) -> None:

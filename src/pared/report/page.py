@@ -66,7 +66,20 @@ def lead(result: Result) -> list[str]:
             f"{wording.signed(low)} and {wording.signed(high)}"
             + ("; it cannot be told from none." if low <= 0 <= high else ".")
         )
-    return said
+    return said + _accepted(result)
+
+
+def _accepted(result: Result) -> list[str]:
+    """How the drop on validation data was held against the accepted one."""
+    given = result.get("acceptance") or {}
+    limit, drop, margin = (number(given.get(key)) for key in ("max_drop", "drop", "margin"))
+    if limit is None or drop is None or margin is None:
+        return []
+    verdict = "accepted" if drop + margin <= limit + 1e-9 else "not accepted"
+    return [
+        f"On validation data the drop was {wording.signed(drop)} {unit_of(given)}; with a margin of "
+        f"{wording.signed(margin)} for chance, against {wording.signed(limit)} asked for, it was {verdict}."
+    ]
 
 
 def _examples(result: Result) -> str:

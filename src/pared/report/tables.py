@@ -126,6 +126,8 @@ def bench(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     if rows:
         console.print(Text(f"batch of {rows[0]['batch_size']}; {rows[0]['n']} calls of each, in turn", "dim"))
+        fastest = min(rows, key=lambda row: row["median"])
+        console.print(Text(f"fastest: {fastest['target']} in {fastest['runtime']}, {wording.milliseconds(fastest['median'])}"))
 
 
 def techniques(rows: list[dict[str, Any]], details: bool, console: Console) -> None:

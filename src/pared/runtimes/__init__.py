@@ -24,6 +24,8 @@ __all__ = ["RUNTIMES", "export", "run", "session"]
 
 RUNTIMES = {"torch": "eager", "compile": "compiled", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 """Runtimes by name, and the file of this folder that knows each."""
+FORMATS = ("onnx", "openvino")
+"""What `export` writes."""
 
 
 def export(
@@ -33,11 +35,11 @@ def export(
     example: Any = None,
     opset: int | None = None,
 ) -> Exported:
-    """Write a model for another runtime, coded weights decoded, the batch axis free; compare with our own outputs.
+    """Write a model for another runtime, integer weights as integers, the batch axis free; compare with our own outputs.
 
     Args:
         model_or_path: a model, or a .pared file.
-        to: "onnx".
+        to: "onnx", or "openvino" (NAME.xml, with NAME.bin beside it).
         example: inputs of one call, with a batch axis: a tensor, a tuple of positional arguments or a dict of keyword
             arguments; default: the one that the model carries, or random inputs of the shapes in its file.
         opset: of ONNX; default: the exporter's.
@@ -46,22 +48,27 @@ def export(
         ExportError: an operator that the format lacks, or outputs that differ by more than 1e-3 of their size.
         MissingExtra: the exporter is not installed.
     """
-    if to != "onnx":
-        raise InputError(f'export writes "onnx", got {to!r}')
-    from pared.runtimes import onnx
-
+    if to not in FORMATS:
+        raise InputError(f"export writes {', '.join(FORMATS)}, got {to!r}")
+    if opset is not None and opset < 13:
+        raise InputError(f"scales for every channel need ONNX's opset 13 or newer, got {opset}; leave it out")
+    writer = importlib.import_module(f"{__name__}.{to}")
     model = model_or_path if isinstance(model_or_path, nn.Module) else _loaded(model_or_path)
     args, kwargs = _arguments(model, example)
-    return onnx.export(model, Path(path), args, kwargs, opset)
+    return writer.export(model, Path(path), args, kwargs, opset)
 
 
 def run(path: str | Path, *arrays: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
-    """Run a .pared or .onnx file on its inputs in order; gives its output, or a tuple of them."""
+    """Run a .pared, .onnx or OpenVINO's .xml file on its inputs in order; gives its output, or a tuple of them."""
     suffix = Path(path).suffix
     if suffix == ".onnx":
         from pared.runtimes import onnxruntime
 
         outputs = onnxruntime.run(Path(path), arrays)
+    elif suffix == ".xml":
+        from pared.runtimes import openvino
+
+        outputs = openvino.run(Path(path), arrays)
     elif suffix == ".pared":
         model = _loaded(path)
         with torch.no_grad():
@@ -69,7 +76,7 @@ def run(path: str | Path, *arrays: np.ndarray) -> np.ndarray | tuple[np.ndarray,
         leaves = pytree.tree_leaves(result)
         outputs = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
     else:
-        raise InputError(f"run takes a .pared or .onnx file, got {path}")
+        raise InputError(f"run takes a .pared, .onnx or .xml file, got {path}")
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

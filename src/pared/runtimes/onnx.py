@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,19 @@ from torch.utils import _pytree as pytree
 
 from pared.errors import ExportError, InputError, MissingExtra
 from pared.measurement.mode import without_fused_attention_layers
+from pared.runtimes import onnxruntime, translation
 from pared.runtimes.example import Call, batch_size_of, resized
+from pared.runtimes.lower import lowered
 from pared.runtimes.quiet import first_line, quiet
 from pared.site import plain
 
+if TYPE_CHECKING:
+    import numpy as np
+
 TOLERANCE = 1e-3
 """Largest accepted error, relative to the largest output."""
+ROUNDED = 0.1
+"""The same where activations are rounded: a kernel that adds in another order may round a few of them to the neighbour."""
 MAX_PROTOBUF_BYTES = 2**31 - 2**24
 """Weights above this go into a second file beside the first, since one protobuf message cannot hold them."""
 
@@ -34,6 +43,7 @@ class Exported:
         max_abs_error: largest difference from our own outputs, on the example and on a batch of another size.
         max_relative_error: the same over the largest output.
         dynamic: whether the batch axis is free; if not, the file takes batches of the example's size only.
+        rounds: whether activations are integers in it.
     """
 
     path: Path
@@ -41,17 +51,18 @@ class Exported:
     max_abs_error: float
     max_relative_error: float
     dynamic: bool
+    rounds: bool
 
 
 def export(
     model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int | None = None
 ) -> Exported:
-    """Write the model, decoded, as ONNX; the old file at the path stays whole until the new one is."""
+    """Write the model as ONNX, integer weights as integers; the old file at the path stays whole until the new one is."""
     for package in ("onnx", "onnxscript"):
         _imported(package)
-    network = plain(model).eval()
+    network, reference = lowered(model), plain(model).eval()
     size = batch_size_of((args, kwargs))
-    with tempfile.TemporaryDirectory(prefix=".pared-", dir=_folder(path)) as folder:
+    with tempfile.TemporaryDirectory(prefix=".pared-", dir=folder_of(path)) as folder:
         # an axis of length one would be taken for a constant
         wider = resized((args, kwargs), size, max(2, size))
         draft = Path(folder) / path.name
@@ -62,19 +73,15 @@ def export(
             ) from error
         _check(draft)
         batches = [(args, kwargs)] + ([resized((args, kwargs), size, n) for n in (1, size + 2)] if dynamic else [])
-        errors = [_difference(network, draft, *batch) for batch in batches]
-        max_abs = max(error for error, _ in errors)
-        max_relative = max(error for _, error in errors)
-        if not max_relative <= TOLERANCE:
-            raise ExportError(
-                f"the exported model must give the model's own outputs within {TOLERANCE:g} of the largest, its error "
-                f"is {max_relative:.2g}; the file was not written"
-            )
+        errors = [difference(reference, partial(onnxruntime.outputs_of, draft, *batch), *batch) for batch in batches]
+        worst = max(error for error, _ in errors), max(error for _, error in errors)
+        rounds = translation.rounds(draft)
+        check(worst, ROUNDED if rounds else TOLERANCE)
         written = [file for file in Path(folder).iterdir() if file.is_file()]
         file_bytes = sum(file.stat().st_size for file in written)
         for file in sorted(written, key=lambda file: file == draft):
             os.replace(file, path.parent / file.name)
-    return Exported(path, file_bytes, max_abs, max_relative, dynamic)
+    return Exported(path, file_bytes, *worst, dynamic, rounds)
 
 
 def _imported(package: str) -> Any:
@@ -86,7 +93,7 @@ def _imported(package: str) -> Any:
         raise MissingExtra(package, "onnx") from error
 
 
-def _folder(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} must exist for {path.name} to be written into it; make it first")
     return path.parent
@@ -111,10 +118,14 @@ def _write_fixed(network: nn.Module, path: Path, call: Call, opset: int | None, 
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values() if isinstance(t, Tensor))
     try:
         with quiet(), torch.no_grad(), without_fused_attention_layers():
-            torch.onnx.export(
-                network, args, path, kwargs=kwargs, dynamo=True, opset_version=opset, verbose=False,
-                external_data=weights > MAX_PROTOBUF_BYTES, **more,
+            program = torch.onnx.export(
+                network, args, kwargs=kwargs, dynamo=True, opset_version=opset or translation.OPSET, verbose=False,
+                custom_translation_table=translation.table(opset or translation.OPSET), **more,
             )  # fmt: skip
+            if program is None:
+                raise ExportError("torch gave no ONNX program")
+            translation.tidy_(program.model)
+            program.save(path, external_data=weights > MAX_PROTOBUF_BYTES)
     except Exception as error:
         return error
     return None
@@ -129,16 +140,30 @@ def _check(path: Path) -> None:
         raise ExportError(f"the exported model is not valid ONNX: {reason}; run the .pared file itself") from error
 
 
-def _difference(network: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+def check(worst: tuple[float, float], tolerance: float) -> None:
+    """Raise an ExportError unless the relative error is within the tolerance."""
+    if not worst[1] <= tolerance:
+        raise ExportError(
+            f"the exported model must give the model's own outputs within {tolerance:g} of the largest, its error "
+            f"is {worst[1]:.2g}; the file was not written"
+        )
+
+
+def arrays_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[np.ndarray]:
+    """The tensors of a call in order."""
+    return [leaf.detach().cpu().contiguous().numpy() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+def difference(
+    network: nn.Module, outputs: Callable[[], list[np.ndarray]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[float, float]:
     """Largest absolute error, and largest error over the largest value, among the outputs."""
     import numpy as np
 
-    from pared.runtimes import onnxruntime
-
     with torch.no_grad():
         wanted = network(*args, **kwargs)
-    ours = [leaf.detach().cpu().numpy() for leaf in pytree.tree_leaves(wanted) if isinstance(leaf, Tensor)]
-    theirs = onnxruntime.outputs_of(path, args, kwargs)
+    ours = arrays_of((wanted,), {})
+    theirs = outputs()
     if [a.shape for a in ours] != [b.shape for b in theirs]:
         raise ExportError(
             f"the exported model must give outputs of shapes {[a.shape for a in ours]}, "

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import SkipTest
 
 from pared.technique import Technique
-from pared.testing import declarations, replacing, training
+from pared.testing import declarations, network, replacing, training
 from pared.testing.nets import NETS, net
 from pared.testing.observing import Nonconformance
 
@@ -48,6 +48,15 @@ _OF_TYPICAL_SETTINGS = (
     replacing.it_chains,
     replacing.the_export_agrees,
 )
+_OF_THE_NETWORK = (
+    network.it_has_one_site,
+    network.it_acts_on_a_copy,
+    network.it_is_deterministic,
+    network.it_keeps_the_type,
+    network.it_computes_nearly_the_same,
+    network.it_reads_what_it_says,
+)
+_OF_THE_NETWORK_TYPICALLY = (network.it_saves_and_loads_both_ways, network.its_export_agrees)
 _ONLY_ON: dict[Callable[..., None], tuple[str, ...]] = {
     replacing.it_saves_and_loads: ("perceptron",),
     replacing.it_chains: ("convolution", "recurrent"),
@@ -106,7 +115,7 @@ def _cases(subject: Technique | type[Technique], nets: tuple[str, ...]) -> list[
     if isinstance(subject, Technique):
         return _of_settings(subject, nets, typical=False)
     found = [Case(check, subject) for check in _OF_THE_CLASS]
-    if declarations.replaces(subject) and not declarations.prepares(subject):
+    if declarations.replaces(subject) and not declarations.prepares(subject) and not declarations.is_of_networks(subject):
         found.append(Case(replacing.its_ladder_gets_harsher, subject))
     rungs = [subject(**rung) for rung in subject.ladder] or [subject()]
     for place, rung in enumerate(rungs):
@@ -117,7 +126,9 @@ def _cases(subject: Technique | type[Technique], nets: tuple[str, ...]) -> list[
 def _of_settings(technique: Technique, nets: tuple[str, ...], typical: bool) -> list[Case]:
     found = [Case(declarations.settings_survive_a_recipe, technique)]
     wanted: list[Callable[..., None]] = []
-    if declarations.replaces(type(technique)):
+    if declarations.is_of_networks(type(technique)):
+        wanted += [*_OF_THE_NETWORK, *(_OF_THE_NETWORK_TYPICALLY if typical else ())]
+    elif declarations.replaces(type(technique)):
         wanted += [*_OF_ANY_SETTINGS, *(_OF_TYPICAL_SETTINGS if typical else ())]
     if declarations.shapes_training(type(technique)):
         wanted.append(training.its_loss_can_be_trained)

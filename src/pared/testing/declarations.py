@@ -12,12 +12,16 @@ from pydantic.fields import FieldInfo
 
 from pared.errors import RecipeError
 from pared.recipe import load
-from pared.technique import Chain, Technique, parse
+from pared.technique import Chain, Network, Technique, parse
 from pared.testing.observing import Nonconformance, is_registered, must
 
 
 def replaces(cls: type[Technique]) -> bool:
     return cls.acts_on is not None or cls.sites is not Technique.sites
+
+
+def is_of_networks(cls: type[Technique]) -> bool:
+    return isinstance(cls.acts_on, Network)
 
 
 def shapes_training(cls: type[Technique]) -> bool:

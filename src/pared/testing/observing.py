@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pared import registry
+from pared.budget.channels import Removal
+from pared.graph.channels import Channels
 from pared.place import place_everywhere
 from pared.record import Record, attach_
 from pared.site import Site, install_
-from pared.technique import Chain, Structure, Technique
+from pared.technique import Chain, Cost, Option, Structure, Technique
 from pared.testing.nets import Net, net
 
 
@@ -36,19 +38,30 @@ class Solved:
     parts: nn.Module
 
 
+def graph_of(technique: Technique, name: str) -> Channels | None:
+    """The channels of a net, for a technique that acts on them."""
+    return _channels(name) if technique.kind == "channels" else None
+
+
+@cache
+def _channels(name: str) -> Channels:
+    trained = net(name)
+    return Channels(trained.copy(), (trained.inputs,))
+
+
 @lru_cache(maxsize=256)
 def solved(technique: Technique, name: str) -> tuple[Solved, ...]:
     """Everywhere the technique acts on a net, on a copy that stays as it was."""
     trained = net(name)
     model, statistics = trained.copy(), trained.statistics()
-    sites = [site for site in technique.sites(model) if not technique.refuse(site)]
+    sites = [site for site in technique.sites(model, graph_of(technique, name)) if not technique.refuse(site)]
     return tuple(Solved(site, *technique.solve(site, statistics)) for site in sites)
 
 
 def placed(technique: Technique, trained: Net) -> nn.Module:
     """A copy of the net with the technique at all its sites, in eval mode, ready to be saved."""
     model = trained.copy()
-    edits, _ = place_everywhere(model, technique, trained.statistics())
+    edits, _ = place_everywhere(model, technique, trained.statistics(), graph_of(technique, trained.name))
     attach_(model, Record(edits=edits, example=((trained.inputs,), {})))
     return model.eval()
 
@@ -60,6 +73,14 @@ def alone(one: Solved, trained: Net) -> nn.Module:
     return model.eval()
 
 
+def _corrected(technique: Technique, one: Solved, trained: Net) -> nn.Module:
+    """A copy of the net without the channels of one site, the layers after them fitted anew."""
+    model = trained.copy()
+    option = Option(one.site, technique, Cost(), 0.0, one.structure)
+    Removal(model, _channels(trained.name), trained.task).remove_([option])
+    return model.eval()
+
+
 @cache
 def divergence(technique: Technique, name: str) -> float:
     """KL of the outputs from the original's when one site is replaced, in nats: the mean over sites and examples."""
@@ -67,8 +88,9 @@ def divergence(technique: Technique, name: str) -> float:
     inputs = torch.cat([x for x, _ in trained.task.val])
     total = 0.0
     for one in solved(technique, name):
+        replaced = alone(one, trained) if technique.kind != "channels" else _corrected(technique, one, trained)
         with torch.no_grad():
-            ours, theirs = (F.log_softmax(m(inputs).double(), 1) for m in (alone(one, trained), trained.model))
+            ours, theirs = (F.log_softmax(m(inputs).double(), 1) for m in (replaced, trained.model))
         total += float(F.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
     return total / max(1, len(solved(technique, name)))
 

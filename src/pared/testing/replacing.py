@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +22,7 @@ from pared.site import install_
 from pared.technique import Chain, Cost, Option, Technique, as_numpy, build, kept_of, stored_tensors
 from pared.testing.declarations import settings_survive_a_recipe
 from pared.testing.nets import NETS, Net, net, new
-from pared.testing.observing import divergence, equal, is_registered, must, placed, shapes, solved
+from pared.testing.observing import alone, divergence, equal, graph_of, is_registered, must, placed, shapes, solved
 
 GENTLE_DIVERGENCE = 0.05
 """So many nats the gentlest settings at one site may move the outputs, on average over sites and examples."""
@@ -42,8 +43,16 @@ def its_ladder_gets_harsher(cls: type[Technique]) -> None:
 
 
 def sites_do_not_overlap(technique: Technique, trained: Net) -> None:
+    """No tensor is covered twice; of channels, no position of an axis belongs to two groups."""
     seen: dict[str, str] = {}
-    for site in technique.sites(trained.copy()):
+    for site in technique.sites(trained.copy(), graph_of(technique, trained.name)):
+        for piece in site.group.slices if site.group is not None else ():
+            for position in np.flatnonzero(piece.channel >= 0).tolist():
+                where = f"{piece.path}, axis {piece.axis}, position {position}"
+                must(where not in seen, f"{technique.name}: {seen.get(where)} and {site.path} both cover {where}")
+                seen[where] = site.path
+        if site.group is not None:
+            continue
         must(bool(site.covers), f"{technique.name}: the site {site.path} must cover a tensor")
         for path in site.covers:
             must(path not in seen, f"{technique.name}: two sites cover {path}, {seen.get(path)} and {site.path}")
@@ -51,7 +60,7 @@ def sites_do_not_overlap(technique: Technique, trained: Net) -> None:
 
 
 def refusals_have_reasons(technique: Technique, trained: Net) -> None:
-    for site in technique.sites(trained.copy()):
+    for site in technique.sites(trained.copy(), graph_of(technique, trained.name)):
         reason = technique.refuse(site)
         said = reason is None or (isinstance(reason, str) and len(reason.split()) > 2 and "\n" not in reason)
         must(said, f"{technique.name} must refuse {site.path} with a line that says why, got {reason!r}")
@@ -97,7 +106,7 @@ def shape_type_and_device_are_kept(technique: Technique, trained: Net) -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
         model = trained.copy().to(dtype)
         before = {path: (t.shape, t.dtype, t.device) for path, t in model.state_dict().items()}
-        edits, _ = place_everywhere(model, technique, trained.statistics())
+        edits, _ = place_everywhere(model, technique, trained.statistics(), graph_of(technique, trained.name))
         for path in [edit.paths[0] for edit in edits if technique.kind == "tensor"]:
             parent, _, name = path.rpartition(".")
             value = getattr(model.get_submodule(parent), name)
@@ -110,8 +119,15 @@ def shape_type_and_device_are_kept(technique: Technique, trained: Net) -> None:
 
 
 def predicted_bits_are_coded_bytes(technique: Technique, trained: Net) -> None:
-    """Within the precision of the coder's estimate, 1 % and 16 bytes a tensor; coded bytes keep to declared bits."""
+    """Within the precision of the coder's estimate, 1 % and 16 bytes a tensor; coded bytes keep to declared bits. Where
+    channels go, exactly the bits of the tensors that are left of those that the group lies in."""
     for one in solved(technique, trained.name):
+        if technique.kind == "channels":
+            left = dict(alone(one, trained).state_dict())
+            bits = sum(8 * left[path].numel() * left[path].element_size() for path in one.site.covers)
+            predicted = technique.cost(one.site, one.parts).stored_bits
+            must(abs(predicted - bits) < 0.5, f"{technique} at {one.site.path}: predicted {predicted:.0f} bits, left {bits}")
+            continue
         predicted, kept = technique.cost(one.site, one.parts).stored_bits, kept_of(one.site)
         tensors = [(tensor, bits) for _, tensor, bits in stored_tensors(one.parts) if id(tensor) not in kept]
         coded = sum(8 * len(store.encode(as_numpy(tensor))[1]) for tensor, _ in tensors)
@@ -149,7 +165,7 @@ def relax_equals_fit(technique: Technique, trained: Net) -> None:
     """Trainable stand-ins compute, in both modes, bit for bit what the fitted parts compute; gradients reach their
     weights; trained and settled, they load into what `build` makes."""
     found = [one for one in solved(technique, trained.name) if not one.site.is_buffer]
-    if not found:
+    if not found or technique.kind == "channels":  # channels go before the training begins
         return
     options = [Option(one.site, technique, Cost(), 0.0, one.structure) for one in found]
     still, moving = trained.copy(), trained.copy()

@@ -21,6 +21,7 @@ from pared.train.criterion import Criterion
 from pared.train.ema import Average, decay_for
 from pared.train.history import EpochRecord, History
 from pared.train.precision import NARROW, Precision
+from pared.train.price import Price
 from pared.train.processes import Alone, Launched, processes
 from pared.train.schedule import Schedule, Shape, default_learning_rate
 from pared.train.seeds import seed_epoch
@@ -59,7 +60,8 @@ def train(
 ) -> History:
     """Train a model in place; it ends in evaluation mode, with the weights that were kept.
 
-    The loss is the task's own, times `task_weight`, plus the terms of `losses`. The optimiser is AdamW (Loshchilov &
+    The loss is the task's own, times `task_weight`, plus the terms of `losses`, plus the price of the bits of stand-ins that
+    know them, see `Price`. The optimiser is AdamW (Loshchilov &
     Hutter 2019, arXiv:1711.05101) over the parameters that require a gradient. On the CPU, the result is a function of
     the arguments and the number of threads alone, also where a run was interrupted and went on from its checkpoint;
     only `max_seconds`, where it cuts a training short, makes it depend on the machine.
@@ -180,6 +182,7 @@ class _Run:
         self.optimiser = _optimiser(self.trained, self.history.learning_rate, self.weight_decay)
         followed = [*self.trained, *_running(self.model)]
         self.average = Average(followed, decay_for(self.ema, self.n_steps)) if self.ema is not None else None
+        self.price = Price(self.model, self.n_steps)
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for an interrupted training to go on."""
@@ -227,6 +230,7 @@ class _Run:
         # attribute look-ups cost as much as the arithmetic of a small network's step
         outputs_of, criterion, runner, average = self.task.outputs, self.criterion, self.runner, self.average
         optimiser, trained, annealing, clip = self.optimiser, self.trained, self.annealing, self.clip
+        price = self.price
         groups = optimiser.param_groups
         backward = self.processes.backward
         index = (epoch - 1) * self.n_batches
@@ -242,6 +246,8 @@ class _Run:
             optimiser.zero_grad(set_to_none=True)
             with self.precision.autocast():
                 loss = criterion(outputs_of(runner, batch), batch)
+            if price:
+                loss = loss + price.of_bits(loss.item())
             backward(loss)
             gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
             total_norm = nn.utils.get_total_norm(gradients)
@@ -362,6 +368,7 @@ class _Run:
             "history": self.history.to_json(),
             "epochs": self.epochs,
             "progress": self.annealing.progress,
+            "price": self.price.state,
             "n_without_gain": self.n_without_gain,
             "n_averaged": self.average.n_steps if self.average is not None else 0,
         }
@@ -374,6 +381,7 @@ class _Run:
         # annealing fits tables anew; the saved ones come after it
         if self.annealing:
             self.annealing.go_to(facts["progress"])
+        self.price.state = facts["price"]
         own = state_of(self.model)
         self.best = {name: tensors[f"best/{name}"].to(t.device) for name, t in own.items() if f"best/{name}" in tensors}
         self.best = self.best or None

@@ -1,0 +1,148 @@
+"""Channel pruning of a small residual network on Fashion-MNIST, beside torch-pruning (group Taylor) in the same run.
+
+    python benchmarks/channels.py --peer DIR                     # without any fine-tuning, at 1.43x, 2x and 2.57x fewer MACs
+    python benchmarks/channels.py --peer DIR --epochs 10         # the same fine-tuning for both, and from scratch (Scratch-B)
+
+DIR holds torch-pruning (pip install --no-deps --target DIR torch-pruning). Both get the same trained network, the same
+calibration images and the same number of epochs of distillation from the original; accuracy is on the test images,
+which nothing was chosen on. Scratch-B trains the network that pared found from random weights for as many epochs as fit
+into the MACs of training the original. Figures go to benchmarks/results/channels.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import pared
+from pared import registry, sources
+from pared.measurement.compute import compute
+from pared.measurement.quality import drop, evaluate
+from pared.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+SHARES = (1.43, 2.0, 2.57)
+KEEP = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1]
+
+
+def macs(model: nn.Module) -> float:
+    return compute(model, (torch.zeros(2, 1, 28, 28),), {}).macs / 2
+
+
+def ours(model: nn.Module, task: pared.Task, share: float) -> nn.Module:
+    recipe = {"steps": [{"prune.channels": {"keep": KEEP}}]}
+    return pared.compress(model, task, recipe=recipe, macs=f"{share}x", train=False).model
+
+
+def theirs(model: nn.Module, task: pared.Task, share: float) -> nn.Module:
+    """torch-pruning: group Taylor importance, global ranking, its own recipe for a target of MACs."""
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model).eval()
+    example = torch.zeros(2, 1, 28, 28)
+    whole = macs(model)
+    steps = 200
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.GroupTaylorImportance(),
+        global_pruning=True,
+        pruning_ratio=0.95,
+        max_pruning_ratio=0.9,
+        iterative_steps=steps,
+        ignored_layers=[model.head],
+    )
+    for _ in range(steps):
+        model.zero_grad()
+        for images, labels in task.calibration(256):
+            nn.functional.cross_entropy(model(images), labels).backward()
+        pruner.step()
+        if macs(model) <= whole / share:
+            break
+    return model.eval()
+
+
+def scratch(shape: nn.Module, task: pared.Task, epochs: int) -> nn.Module:
+    """The same architecture, trained from random weights on the labels."""
+    fresh = copy.deepcopy(shape)
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for parameter in fresh.parameters():
+        parameter.requires_grad_(True)
+    train(fresh, task, epochs=epochs, learning_rate=3e-3, weight_decay=0.05, keep_best=False)
+    return fresh
+
+
+def tuned(model: nn.Module, task: pared.Task, teacher: nn.Module, epochs: int, seed: int) -> nn.Module:
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    losses = [registry.get("distill.logits")(temperature=2)]
+    train(model, task, epochs=epochs, losses=losses, teacher=teacher, seed=seed, learning_rate=2e-3, keep_best=False)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="a folder with torch-pruning")
+    parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.peer:
+        sys.path.insert(0, str(given.peer))
+    import small_resnet
+
+    path = ROOT / "benchmarks" / "results" / "channels.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    original = small_resnet.small_resnet_trained().eval()
+    for seed in given.seeds:
+        task = sources.data("fashion-mnist", original, seed=seed).task
+        reference = evaluate(original, task, task.test, reference=original)
+        for share in given.shares:
+            methods = {"pared": ours, **({"torch-pruning": theirs} if given.peer else {})}
+            for name, method in methods.items():
+                start = time.perf_counter()
+                smaller = method(original, task, share)
+                seconds = time.perf_counter() - start
+                n_macs = macs(smaller)
+                if given.epochs:
+                    smaller = tuned(smaller, task, original, given.epochs, seed)
+                found = _add(found, seed, share, given.epochs, name, smaller, n_macs, seconds, task, original, reference)
+                if given.epochs and name == "pared":
+                    whole = given.epochs + small_resnet.EPOCHS
+                    again = scratch(smaller, task, round(whole * macs(original) / n_macs))
+                    found = _add(found, seed, share, given.epochs, "Scratch-B", again, n_macs, 0.0, task, original, reference)
+                path.write_text(json.dumps({"accuracy": reference.value, "runs": found}, indent=1) + "\n")
+
+
+def _add(
+    found: list[dict[str, Any]], seed: int, share: float, epochs: int, name: str, model: nn.Module, n_macs: float,
+    seconds: float, task: pared.Task, original: nn.Module, reference: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    quality = evaluate(model.eval(), task, task.test, reference=original)
+    lost = drop(reference, quality, seed=seed)
+    row = {
+        "seed": seed, "macs_asked": share, "epochs": epochs, "method": name, "macs_ratio": macs(original) / n_macs,
+        "parameters": sum(p.numel() for p in model.parameters()), "accuracy": quality.value, "drop_pp": lost.value,
+        "low": lost.low, "high": lost.high, "seconds": round(seconds, 1),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+    key = ("seed", "macs_asked", "epochs", "method")
+    return [other for other in found if any(other[k] != row[k] for k in key)] + [row]
+
+
+if __name__ == "__main__":
+    main()

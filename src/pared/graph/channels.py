@@ -1,0 +1,707 @@
+"""Coupled channel groups of any network: found on its graph, checked by cutting them and running it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pared.cut import Coordinates, Cut, Group, Mend, Slice, sizes_of
+from pared.errors import ParedError
+from pared.graph.axes import PLACES, Axes, Size
+from pared.graph.ids import Factors
+from pared.graph.module import ProgramModule
+from pared.graph.operators import Ref, find
+from pared.graph.program import Node, Program
+from pared.graph.provenance import Attribute, Combined, Extent, Origin, Provenance
+from pared.graph.trace import trace
+
+TOLERANCE = 1e-4
+"""Relative to the largest output: how far the cut model may be from its cut program."""
+MAX_TRIALS = 40
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Channels that stay, and why."""
+
+    name: str
+    n: int
+    reason: str
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Multiply-adds per example: `constant` times the size of each axis.
+
+    An axis is a list of (positions, groups): so many positions, each of which stays while none of its channels, one in
+    each of the groups, goes.
+    """
+
+    constant: float
+    axes: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+
+    def macs(self, keep: Sequence[float] | np.ndarray) -> float:
+        """With the kept share of every group."""
+        total = self.constant
+        for axis in self.axes:
+            stays = 0.0
+            for n, groups in axis:
+                share = float(n)
+                for group in groups:
+                    share *= keep[group]
+                stays += share
+            total *= stays
+        return total
+
+
+@final
+class Channels:
+    """The channel groups of a network.
+
+    Args:
+        model: in eval mode; it is not changed.
+        args, kwargs: an example call.
+        rewrite: groups whose sizes the model's code computes for itself may be cut too: the model then runs as its
+            program, no longer as its code.
+
+    `groups` can be cut, alone and together: a copy cut at all of them ran, and gave what its cut program gives.
+    `frozen` stay, each with the reason.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, rewrite: bool = False
+    ) -> None:
+        self.model, self.args, self.kwargs, self.rewrite = model, args, dict(kwargs or {}), rewrite
+        self.program = trace(model, args, self.kwargs)
+        self.axes = Axes(self.program, _held(model, self.program), args, self.kwargs)
+        self.trials = 0
+        self._tied: set[str] = set()
+        self._kept: dict[Attribute, list[Factors]] = {}
+        self._read: set[Attribute] = set()
+        if not rewrite:
+            self._relate_sizes(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
+        self._find()
+        self._settle()
+
+    # -- groups ---------------------------------------------------------------------------------------------------------
+
+    def _find(self) -> None:
+        """Channels with the same places in the same tensors form a group."""
+        ids = self.axes.ids
+        keys: list[tuple[str, int, np.ndarray, bool]] = []
+        for path, origin in self.axes.origins.items():
+            for axis, own in enumerate(origin):
+                if len(own) < 2:
+                    continue
+                arrays = ids.factors(own)
+                free = [a for a in arrays if any(ids.reason(r) is None for r in np.unique(a[a >= 0]).tolist())]
+                for array in arrays:
+                    keys.append((path, axis, array, len(free) > 1 and array is free[0]))
+        roots = np.concatenate([array for _, _, array, _ in keys]) if keys else np.zeros(0, np.int64)
+        slots = np.concatenate([np.full(len(array), k) for k, (_, _, array, _) in enumerate(keys)]) if keys else roots
+        known = roots >= 0
+        pairs, counts = np.unique(np.stack([roots[known], slots[known]], 1), axis=0, return_counts=True)
+        starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1)) if len(pairs) else np.zeros(0, np.int64)
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for begin, end in zip(starts, [*starts[1:], len(pairs)]):
+            root = int(pairs[begin, 0])
+            signature = (ids.reason(root), pairs[begin:end, 1].tobytes(), counts[begin:end].tobytes())
+            members.setdefault(signature, []).append(root)
+        self.groups: list[Group] = []
+        self.frozen: list[Frozen] = []
+        self._number: dict[int, int] = {}
+        self._members: list[np.ndarray] = []
+        names: dict[str, int] = {}
+        used = {r for work in self.axes.works for axis in work.axes for a in ids.factors(*axis) for r in np.unique(a).tolist()}
+        for (reason, raw, _), channels in members.items():
+            places = [keys[k] for k in np.frombuffer(raw, pairs.dtype).tolist()]
+            name = _name(places)
+            if reason == PLACES:
+                continue
+            if reason is not None:
+                self.frozen.append(Frozen(name, len(channels), reason, tuple(dict.fromkeys(p for p, *_ in places))))
+                continue
+            if len(channels) < 2:
+                continue
+            if not used.intersection(channels):
+                self.frozen.append(Frozen(name, len(channels), "no product gets cheaper without it", tuple(p for p, *_ in places)))
+                continue
+            names[name] = names.get(name, 0) + 1
+            number = np.full(ids.n + 1, -1)
+            number[channels] = np.arange(len(channels))
+            self._number.update(dict.fromkeys(channels, len(self.groups)))
+            self._members.append(np.array(channels))
+            slices = tuple(Slice(path, axis, number[array]) for path, axis, array, _ in places)
+            label = name if names[name] == 1 else f"{name}#{names[name]}"
+            self.groups.append(Group(label, len(channels), slices, (), any(whole for *_, whole in places)))
+        self._add_mends()
+        self._add_scales()
+
+    def _terms(self, axis: Factors) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """An axis as counts of positions by the groups that they belong to."""
+        arrays = self.axes.ids.factors(*axis)
+        groups = np.stack([np.array([self._number.get(r, -1) for r in a.tolist()]) for a in arrays], 1)
+        rows, counts = np.unique(groups, axis=0, return_counts=True)
+        return tuple((int(n), tuple(g for g in row if g >= 0)) for row, n in zip(rows.tolist(), counts))
+
+    def weights(self) -> list[Load]:
+        """The bits of every tensor at its own type, as a function of what the groups keep."""
+        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        found = []
+        for path, tensor in tensors.items():
+            axes = [self._terms((ids,)) for ids in self.axes.origins.get(path, ()) if len(ids) > 1]
+            moving = [axis for axis in axes if any(groups for _, groups in axis)]
+            fixed = tensor.numel() * tensor.element_size() * 8 / math.prod(sum(n for n, _ in axis) for axis in moving)
+            found.append(Load(fixed, tuple(moving)))
+        return found
+
+    def macs(self, masks: Mapping[int, np.ndarray]) -> float:
+        """Multiply-adds per example without the channels of the masks."""
+        return self._sum(self.loads(), masks)
+
+    def bits(self, masks: Mapping[int, np.ndarray]) -> float:
+        """Bits of all tensors without the channels of the masks."""
+        return self._sum(self.weights(), masks)
+
+    def _sum(self, loads: Sequence[Load], masks: Mapping[int, np.ndarray]) -> float:
+        keep = [1.0] * len(self.groups)
+        for number, gone in masks.items():
+            keep[number] = 1 - float(gone.mean())
+        return sum(load.macs(keep) for load in loads)
+
+    def places(self, value: int) -> list[tuple[int, int, np.ndarray]]:
+        """Where groups lie in a value of the program: axis, number of the group, channel at every position (or -1)."""
+        found = []
+        for axis, label in enumerate(self.axes.labels[value] or ()):
+            for array in self.axes.ids.factors(*label) if isinstance(label, tuple) and axis else ():
+                numbers = np.array([self._number.get(root, -1) for root in array.tolist()])
+                for number in np.unique(numbers[numbers >= 0]).tolist():
+                    order = {root: channel for channel, root in enumerate(self._members[number].tolist())}
+                    channels = np.array([order.get(root, -1) for root in array.tolist()])
+                    found.append((axis, number, channels))
+        return found
+
+    def rows(self, node: int, before: np.ndarray, after: np.ndarray) -> Tensor | None:
+        """Which outputs (channels of a convolution, features of a linear layer) that a node still gives stay: positions.
+        None for a node that gives several tensors."""
+        number = self.program.first_node + node
+        shape = self.axes.shapes[number]
+        if not isinstance(shape, tuple):
+            return None
+        axis = 1 if "conv" in self.program.nodes[node].op else len(shape) - 1
+        there, stays = (left(self.axes, self.axes.labels[number][axis], shape[axis], ids) for ids in (before, after))
+        return torch.as_tensor(np.flatnonzero(stays[there]))
+
+    def cut_program(self, going: np.ndarray) -> Program:
+        """The program without the channels of the mask, for a model whose attention was rescaled with them."""
+        return cut_program(self.program, self.axes, going, rescaled=True)
+
+    def loads(self) -> list[Load]:
+        """The multiply-adds of every product, as a function of what the groups keep."""
+        found = []
+        for work in self.axes.works:
+            axes = [self._terms(axis) for axis in work.axes]
+            found.append(Load(work.constant, tuple(axes)))
+        return found
+
+    # -- sizes in the code ------------------------------------------------------------------------------------------------
+
+    def _relate_sizes(self, provenance: Provenance) -> None:
+        """Numbers that the code takes from attributes and shapes: axes whose sizes come from one number are cut alike."""
+        told: dict[int, list[tuple[int, Origin]]] = {}
+        for node, numbers in provenance.numbers():
+            told.setdefault(node, numbers)
+            self._read |= {found for _, origin in numbers for found in _attributes(origin)}
+        relations: list[tuple[Factors, int, Combined | Extent]] = []
+        for size in self.axes.sizes:
+            origin = _origin_of(size, told.get(size.node, []))
+            if isinstance(origin, Attribute):
+                self._keeps(origin, size.axis)
+            elif isinstance(origin, Combined | Extent):
+                relations.append((size.axis, size.size, origin))
+        for axis, _, origin in relations:
+            if isinstance(origin, Extent):
+                self.axes.ids.same(axis, self._axis(origin) or (), "the code takes its size from that of what stays")
+        for axis, n, origin in relations:
+            if isinstance(origin, Combined):
+                self._relate(self.axes.ids.factors(*axis), n, origin)
+
+    def _keeps(self, attribute: Attribute, axis: Factors) -> None:
+        """The attribute is the size of the axis; axes whose sizes are one attribute are one."""
+        held = self._kept.setdefault(attribute, [])
+        if held:
+            self.axes.ids.same(held[0], axis, f"its size is also that of something else, {attribute.name} of {attribute.module}")
+        held.append(axis)
+
+    def _axis(self, origin: Origin) -> Factors | None:
+        """The axis whose size a number is; (): one that stays; None: not known."""
+        ids = self.axes.ids
+        if isinstance(origin, int):
+            return ()
+        if isinstance(origin, Extent):
+            label = self.axes.labels[origin.value]
+            label = label[origin.item] if label and origin.item is not None else label
+            return ids.factors(*label[origin.axis]) if label else ()
+        if isinstance(origin, Attribute):
+            return ids.factors(*self._kept[origin][0]) if origin in self._kept else None
+        left, right = self._axis(origin.left), self._axis(origin.right)
+        if left is None or right is None:
+            return None
+        a, b = origin.sizes
+        if origin.op == "mul":
+            return ids.join(left, a, right, b)
+        if not left or right:
+            return None
+        outer, inner = ids.split(left, b, a // b, _DIVIDED)
+        for array in outer:
+            ids.freeze(array, _DIVIDED)
+        return ids.factors(*inner)
+
+    def _relate(self, axis: Factors, n: int, origin: Combined) -> None:
+        """The axis, of n positions, is as long as two other sizes multiplied or divided."""
+        ids, (a, b) = self.axes.ids, origin.sizes
+        left, right = self._axis(origin.left), self._axis(origin.right)
+        if origin.op == "mul":
+            if (left is None or right is None) and a * b == n:
+                outer, inner = ids.split(axis, a, b, _DIVIDED)
+                for part, known, source in ((outer, left, origin.left), (inner, right, origin.right)):
+                    if known is None and isinstance(source, Attribute):
+                        self._keeps(source, part)
+            return
+        if a != b * n:
+            return
+        if right is None and left:
+            outer, inner = ids.split(left, b, n, _DIVIDED)
+            ids.same(inner, axis, _DIVIDED)
+            if isinstance(origin.right, Attribute):
+                self._keeps(origin.right, outer)
+            return
+        whole = ids.join(right or (), b, axis, n)
+        if left is None:
+            if isinstance(origin.left, Attribute):
+                self._keeps(origin.left, whole)
+        elif not _equal(left, whole) and not _equal(left, ids.join(axis, n, right or (), b)):
+            ids.same(left, whole, _DIVIDED)
+
+    def _add_mends(self) -> None:
+        """Attributes that are the size of an axis: those seen to be, and others by name and value next to where it is read."""
+        mends: dict[int, list[Mend]] = {}
+        for attribute, axes in self._kept.items():
+            if self.axes.ids.factors(*axes[0]):
+                self._mend(attribute, self._terms(axes[0]), mends)
+        modules = dict(self.model.named_modules())
+        facts: dict[str, dict[int, list[Factors]]] = {}
+        for size in self.axes.sizes:
+            if size.computed:
+                continue
+            for owner in _around(size.near):
+                facts.setdefault(owner, {}).setdefault(size.size, []).append(size.axis)
+        for path, origin in self.axes.origins.items():
+            for ids in origin:
+                if len(ids) > 1:
+                    for owner in _around(path.rpartition(".")[0]):
+                        facts.setdefault(owner, {}).setdefault(len(ids), []).append((ids,))
+        for path, by_size in facts.items():
+            module = modules.get(path)
+            if module is None:
+                continue
+            follows = {name for name, _ in sizes_of(module)}
+            for name, place, value in _numbers(module, follows):
+                attribute = Attribute(path, name, place)
+                if attribute in self._read or attribute in self._kept:
+                    continue
+                found = {self._terms(axis): axis for axis in by_size.get(value, ())}
+                found = {terms: axis for terms, axis in found.items() if any(groups for _, groups in terms)}
+                if len(found) > 1:  # what is read in the module itself comes before what is read around it
+                    own = {self._terms((ids,)) for p, o in self.axes.origins.items() if p.startswith(f"{path}.") for ids in o}
+                    found = {terms: axis for terms, axis in found.items() if terms in own} or found
+                if found:
+                    self._mend(attribute, next(iter(found)), mends)
+        for number, several in mends.items():
+            self.groups[number] = replace(self.groups[number], mends=tuple(dict.fromkeys(several)))
+
+    def _mend(
+        self, attribute: Attribute, terms: tuple[tuple[int, tuple[int, ...]], ...], mends: dict[int, list[Mend]]
+    ) -> None:
+        for n, groups in terms:
+            for group in groups:
+                per = None if len(terms) == 1 else n // self.groups[group].n
+                mends.setdefault(group, []).append(Mend(attribute.module, attribute.name, attribute.place, per))
+
+    # -- attention without an explicit scale -------------------------------------------------------------------------------
+
+    def _add_scales(self) -> None:
+        """Attention that divides by the root of its own width: queries grow smaller as that width does."""
+        for _k, node in enumerate(self.program.nodes):
+            if node.op != _ATTENTION or node.arguments().get("scale") is not None:
+                continue
+            query = node.arguments()["query"]
+            axis = self.axes.labels[query.index][-1]
+            groups = {g for _, found in self._terms(axis) for g in found} if axis else set()
+            if not groups:
+                continue
+            source = self._source(query)
+            for number in groups:
+                if source is None:
+                    self._freeze_group(number, "the scale of its attention depends on it, and its queries cannot be rescaled")
+                    continue
+                weight, bias, rows = source
+                rescaled = [(path, 0, rows) for path in (weight, bias) if path is not None]
+                self.groups[number] = replace(self.groups[number], rescaled=(*self.groups[number].rescaled, *rescaled))
+
+    def _source(self, ref: Ref) -> tuple[str, str | None, tuple[int, ...]] | None:
+        """The layer whose outputs a value consists of: weight, bias, and which of its rows."""
+        chain: list[Node] = []
+        while (k := self.program.node_of(ref)) is not None:
+            node = self.program.nodes[k]
+            name = node.op.split(".")[1]
+            if name in _AFFINE:
+                break
+            if name not in _ARRANGING or not isinstance(node.args[0], Ref):
+                return None
+            chain.append(node)
+            ref = node.args[0]
+        else:
+            return None
+        bound = node.arguments()
+        weight, bias = (
+            self.program.state_of(bound[name]) if isinstance(bound[name], Ref) else None for name in ("weight", "bias")
+        )
+        if weight is None or (isinstance(bound["bias"], Ref) and bias is None):
+            return None
+        shape = self.axes.shapes[ref.index]
+        axis = len(shape) - 1 if name in ("linear", "layer_norm") else 1
+        if self.axes.shapes[bound["weight"].index][0] != shape[axis]:
+            return None
+        rows = torch.arange(shape[axis], dtype=torch.float64).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        value: Any = rows.expand(shape)
+        for step in reversed(chain):
+            operator = find(step.op)
+            if operator is None:
+                return None
+            rest = [self._plain(a) for a in step.args[1:]]
+            value = operator.function(value, *rest, **{name: self._plain(a) for name, a in step.kwargs.items()})
+        return weight.path, bias.path if bias else None, tuple(np.unique(value.numpy().round()).astype(int).tolist())
+
+    def _plain(self, argument: Any) -> Any:
+        if isinstance(argument, list):
+            return [self._plain(a) for a in argument]
+        return self.axes.shapes[argument.index] if isinstance(argument, Ref) else argument
+
+    # -- trial ------------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Cut a copy everywhere and run it; where its code does not follow, keep that neighbourhood whole."""
+        while self.groups and self.trials < MAX_TRIALS:
+            failure = self._trial(range(len(self.groups)))
+            if failure is None:
+                return
+            path, said = failure
+            if path is None or not self._yield(path, said):
+                self._keep_whole(self._culprits(), f"the code does not follow its removal ({said})")
+            self._find()
+        for number in range(len(self.groups)):
+            self._freeze_group(number, "the model did not run with its channels removed")
+        self._find()
+
+    def _trial(self, numbers: Iterable[int]) -> tuple[str | None, str] | None:
+        """None, or the module that failed (None: another than can be told) and what it said."""
+        self.trials += 1
+        masks = {number: _half(self.groups[number].n) for number in numbers}
+        plain = copy.deepcopy(self.model)
+        self.cut_(plain, masks, rescale=False)
+        try:
+            with torch.no_grad():
+                program = cut_program(self.program, self.axes, self.going(masks))
+                expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
+        except ParedError as error:
+            return None, _first_line(error)
+        if self.rewrite:
+            return None
+        twin = copy.deepcopy(self.model)
+        self.cut_(twin, masks)
+        stack: list[str] = []
+        handles = []
+        for path, module in twin.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda m, a, path=path: stack.append(path)))
+            handles.append(module.register_forward_hook(lambda m, a, o: stack.remove(stack[-1])))
+        try:
+            with torch.no_grad():
+                got = twin(*_clones(self.args), **_clones(self.kwargs))
+        except Exception as error:
+            return stack[-1] if stack else "", _first_line(error)
+        finally:
+            for handle in handles:
+                handle.remove()
+        distance = difference(got, expected)
+        return None if distance <= TOLERANCE else (None, f"its outputs were off by {distance:.2g}")
+
+    def _culprits(self) -> list[int]:
+        """Few groups that the model does not follow when they alone are cut."""
+        suspects = list(range(len(self.groups)))
+        while len(suspects) > 1 and self.trials < MAX_TRIALS:
+            half = len(suspects) // 2
+            for part in (suspects[:half], suspects[half:]):
+                if self._trial(part) is not None:
+                    suspects = part
+                    break
+            else:
+                break  # only together
+        return suspects
+
+    def _keep_whole(self, numbers: list[int], reason: str) -> None:
+        """These groups stay, and those of the same layer in modules of the same class."""
+        kinds = {self._kind(n) for n in numbers}
+        for number in range(len(self.groups)):
+            if number in numbers or self._kind(number) in kinds:
+                self._freeze_group(number, reason)
+
+    def _kind(self, number: int) -> tuple[type, str]:
+        owner, _, layer = self.groups[number].name.rpartition(".")
+        return type(self.model.get_submodule(owner)), layer
+
+    def _yield(self, path: str, said: str) -> bool:
+        """What the failing module, and all of its class, shall not be asked again. False: it has none of the groups."""
+        modules = dict(self.model.named_modules())
+        while path and not any(True for _ in modules[path].children()):
+            path = path.rpartition(".")[0]
+        alike = [p for p, m in modules.items() if type(m) is type(modules[path])] if path else [""]
+        if self._tie(alike):
+            return True
+        reason = f"the code of {type(modules[path]).__name__} computes sizes for itself ({said})"
+        inside = [self._groups_in(p) for p in alike] if path else []
+        numbers = {n for found in inside for n in found}
+        slots = {n for n in numbers if not self.groups[n].whole and any(self.groups[m].whole for m in numbers)}
+        for number in slots or numbers:
+            self._freeze_group(number, reason)
+        return bool(numbers)
+
+    def _groups_in(self, path: str) -> set[int]:
+        prefix = f"{path}." if path else ""
+        local = set()
+        for number, group in enumerate(self.groups):
+            if any(piece.path.startswith(prefix) for piece in group.slices):
+                local.add(number)
+        private = {n for n in local if all(piece.path.startswith(prefix) for piece in self.groups[n].slices)}
+        return private or local
+
+    def _tie(self, paths: list[str]) -> bool:
+        """Let the width inside of modules follow the width of what comes in, where the two are equal."""
+        tied = False
+        for path in paths:
+            if path in self._tied:
+                continue
+            self._tied.add(path)
+            ends = [(p, o[1]) for p, o in self.axes.origins.items() if p.startswith(f"{path}.") and len(o) >= 2]
+            outer = [(p, ids) for p, ids in ends if self._reaches_out(ids, path)]
+            inner = [(p, ids) for p, ids in ends if not self._reaches_out(ids, path)]
+            for _, ids in inner:
+                for _, other in outer:
+                    if len(ids) == len(other):
+                        before = self.axes.ids.find(ids), self.axes.ids.find(other)
+                        if not np.array_equal(*before):
+                            self.axes.ids.same((ids,), (other,), "its width is tied to another that stays")
+                            tied = True
+                        break
+        return tied
+
+    def _reaches_out(self, ids: np.ndarray, path: str) -> bool:
+        numbers = {g for _, groups in self._terms((ids,)) for g in groups} if len(self.axes.ids.factors(ids)) else set()
+        return any(not piece.path.startswith(f"{path}.") for n in numbers for piece in self.groups[n].slices)
+
+    def _freeze_group(self, number: int, reason: str) -> None:
+        self.axes.ids.freeze(self._members[number], reason)
+
+    # -- cutting ------------------------------------------------------------------------------------------------------------
+
+    def cut_(self, model: nn.Module, masks: Mapping[int, np.ndarray], *, rescale: bool = True) -> list[Cut]:
+        """Remove channels of groups (number: mask of those that go), in place."""
+        coordinates = Coordinates()
+        cuts = []
+        for number, gone in masks.items():
+            group = self.groups[number] if rescale else replace(self.groups[number], rescaled=())
+            cut = Cut(coordinates.structure(group, gone, model))
+            cut(model)
+            cuts.append(cut)
+        return cuts
+
+    def rewritten(self, masks: Mapping[int, np.ndarray]) -> ProgramModule:
+        """The network without these channels, running its cut program in place of its code; it can be trained and saved."""
+        cut = copy.deepcopy(self.model)
+        self.cut_(cut, masks)
+        program = self.cut_program(self.going(masks))
+        return ProgramModule(program, _held(cut, program), trains=True)
+
+    def going(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The same choice as a mask over all ids."""
+        going = np.zeros(self.axes.ids.n + 1, bool)
+        for number, gone in masks.items():
+            going[self._members[number]] = gone
+        return going
+
+
+_AFFINE = frozenset("linear conv1d conv2d conv3d batch_norm layer_norm".split())
+_ARRANGING = frozenset(
+    "view reshape _unsafe_view permute transpose t contiguous clone select unbind getitem slice split chunk unflatten flatten "
+    "squeeze unsqueeze split_with_sizes max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d".split()
+)
+"""What makes a value from weight and bias, and what leaves multiples of a value multiples."""
+
+
+def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
+    """Which positions of an axis stay."""
+    stays = np.ones(size, bool)
+    for array in axes.ids.factors(*axis):
+        stays &= ~((array >= 0) & going[array])
+    return stays
+
+
+def cut_program(program: Program, axes: Axes, going: np.ndarray, *, rescaled: bool = False) -> Program:
+    """The program with every number that is the size of an axis made to fit what stays of the axis; node for node the same.
+
+    Args:
+        rescaled: queries are scaled for the new size of the heads already (`Group.rescaled`).
+    """
+    changes: dict[int, list[Size]] = {}
+    for size in axes.sizes:
+        if not left(axes, size.axis, size.size, going).all():
+            changes.setdefault(size.node, []).append(size)
+    nodes = []
+    for k, node in enumerate(program.nodes):
+        implied = not rescaled and node.op == _ATTENTION and node.arguments().get("scale") is None
+        operator = find(node.op)
+        if operator is None or not (k in changes or implied):
+            nodes.append(node)
+            continue
+        bound = dict(operator.bind(node.args, node.kwargs))
+        for size in changes.get(k, ()):
+            new = -1 if size.computed else int(left(axes, size.axis, size.size, going).sum())
+            if size.place is None:
+                bound[size.argument] = new
+                continue
+            whole = list(bound[size.argument])
+            if size.computed and -1 in whole:  # the batch is in the other number, so this one is known
+                place = whole.index(-1)
+                number = program.first_node + k
+                whole[place] = int(left(axes, axes.labels[number][place], axes.shapes[number][place], going).sum())
+            whole[size.place] = new
+            bound[size.argument] = whole
+        if implied:
+            bound["scale"] = axes.shapes[bound["query"].index][-1] ** -0.5
+        names = [a.name for a in operator.arguments if not a.keyword_only]
+        args, kwargs = operator.trim(
+            [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
+        )
+        nodes.append(Node(node.op, args, kwargs))
+    return Program(
+        program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), program.outputs,
+        program.constants, program.static_reason,
+    )  # fmt: skip
+
+
+def _held(root: nn.Module, program: Program) -> nn.Module:
+    state = dict([*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)])
+    return program.root(state)
+
+
+def difference(got: Any, expected: Any) -> float:
+    """The largest difference of outputs, relative to the largest expected value."""
+    a = [t for t in pytree.tree_leaves(_tree(got)) if isinstance(t, Tensor)]
+    b = [t for t in pytree.tree_leaves(_tree(expected)) if isinstance(t, Tensor)]
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b):
+        if x.is_floating_point() and x.numel():
+            worst = max(worst, float((x - y).detach().abs().max() / y.detach().abs().max().clamp_min(1e-12)))
+    return worst
+
+
+def _tree(outputs: Any) -> Any:
+    return dict(outputs.items()) if hasattr(outputs, "items") else outputs
+
+
+def _clones(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _half(n: int) -> np.ndarray:
+    """Every other channel goes."""
+    return np.arange(n) % 2 == 1
+
+
+def _name(places: list[tuple[str, int, np.ndarray, bool]]) -> str:
+    for path, axis, _array, _ in places:
+        if axis == 0 and path.endswith("weight"):
+            return path.rpartition(".")[0]
+    return places[0][0].rpartition(".")[0] or places[0][0]
+
+
+_ATTENTION = "aten.scaled_dot_product_attention.default"
+_DIVIDED = "the code divides by its size"
+
+
+def _equal(a: Factors, b: Factors) -> bool:
+    return len(a) == len(b) and all(any(np.array_equal(x, y) for y in b) for x in a)
+
+
+def _attributes(origin: Origin) -> set[Attribute]:
+    if isinstance(origin, Combined):
+        return _attributes(origin.left) | _attributes(origin.right)
+    return {origin} if isinstance(origin, Attribute) else set()
+
+
+def _origin_of(size: Size, numbers: list[tuple[int, Origin]]) -> Origin | None:
+    """Where a number of a node comes from, among the numbers that its call was given."""
+    if size.place is not None and size.place < len(numbers) and numbers[size.place][0] == size.size:
+        return numbers[size.place][1]
+    equal = [origin for n, origin in numbers if n == size.size]
+    named = [origin for origin in equal if isinstance(origin, Attribute) and origin.name == size.argument]
+    return next(iter(named or equal), None)
+
+
+def _around(path: str) -> list[str]:
+    """A module and the two around it."""
+    found = [path]
+    for _ in range(2):
+        if not path:
+            break
+        path = path.rpartition(".")[0]
+        found.append(path)
+    return found
+
+
+_SIZES = re.compile(
+    r"dim|head|chan|chs|feat|hidden|embed|group|width|planes|inner|expan|split|units|^[cCdDnmhk]$|in_|out_|qk|kv|_c$|size$|rank"
+)
+_NOT_SIZES = re.compile(
+    r"window|shift|kernel|stride|pad|patch|grid|img|image|input_size|resol|seq|token|depth|layer|block|stage|level|pos|max|class|"
+    r"dilation|scale_factor|vocab|area|spatial|feat_size|map|sr_ratio|prefix"
+)
+"""Names of attributes that are sizes of channel axes, and of those that are not, whatever their value."""
+
+
+def _numbers(module: nn.Module, follows: set[str]) -> Iterable[tuple[str, int | None, int]]:
+    """Whole numbers above 1 among the attributes, and in tuples and lists of them."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or not _SIZES.search(name) or _NOT_SIZES.search(name) or name in follows:
+            continue
+        if type(value) is int and value > 1:
+            yield name, None, value
+        elif isinstance(value, tuple | list) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
+            yield from ((name, place, v) for place, v in enumerate(value) if v > 1)
+

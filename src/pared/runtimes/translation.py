@@ -1,0 +1,230 @@
+"""The operators of `pared.lowered` in ONNX, and an exported graph brought into the form that runtimes compute fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from pared.errors import ExportError
+
+OPSET = 21
+"""The first with scales for groups of weights and with 4-bit integers."""
+UINT8, INT32 = 2, 6
+"""ONNX's numbers of the types."""
+_RESHAPING = ("Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
+_PRODUCTS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+
+
+def table(opset: int) -> dict[Any, Callable[..., Any]]:
+    """What the exporter writes for each operator."""
+    import onnxscript
+
+    op = getattr(onnxscript, f"opset{min(max(opset, 13), OPSET)}")
+
+    def quantize(input: Any, scale: Any, zero_point: Any, bits: int) -> Any:
+        codes = op.QuantizeLinear(input, scale, zero_point)
+        largest: Any = op.Cast(op.Constant(value_int=2**bits - 1), to=UINT8)
+        return codes if bits == 8 else op.Min(codes, largest)
+
+    def dequantize(codes: Any, scale: Any, zero_point: Any, axis: int, group: int, bits: int) -> Any:
+        if group and opset < OPSET:
+            raise ExportError(f"scales for groups of weights need ONNX's opset {OPSET} or newer, got {opset}; leave it out")
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis, **({"block_size": group} if group else {}))
+
+    def lookup(table: Any, codes: Any) -> Any:
+        indices: Any = op.Cast(codes, to=INT32)
+        return op.Gather(table, indices)
+
+    operators = torch.ops.pared
+    return {
+        operators.quantize.default: quantize,
+        operators.dequantize.default: dequantize,
+        operators.lookup.default: lookup,
+    }
+
+
+def tidy_(model: Any) -> None:
+    """Rewrite the graph in place.
+
+    Integer weights stay behind a DequantizeLinear where a kernel computes with them as integers: where the other operand
+    is quantized, too, or in 4-bit matrix products. Elsewhere the runtime would dequantize them again in every call, since
+    it folds no DequantizeLinear; a Cast and a Mul give the same numbers and are folded when the file is opened.
+    """
+    for node in list(model.graph):
+        if node.op_type == "Transpose":
+            _transpose(model, node)
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear" and _constant(node.inputs[0]) is not None:
+            products = [use for use, _ in node.outputs[0].uses()]
+            if any(_has_integers(use, node) for use in products):
+                continue
+            if node.attributes.get_int("block_size", 0) and all(use.op_type in ("MatMul", "Gemm", "Transpose") for use in products):
+                _pack(model, node)
+                continue
+            _unfold(model, node)
+    for node in list(model.graph):
+        if node.op_type == "Gemm":
+            _round_bias(model, node)
+        if node.op_type in ("Gemm", "MatMul"):
+            for value in node.inputs[1:]:
+                _spell_zero(model, value.producer() if value is not None else None)
+    _strip(model)
+
+
+def rounds(path: Any) -> bool:
+    """Whether a file quantizes activations."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in graph.node)
+
+
+def _constant(value: Any) -> np.ndarray | None:
+    held = None if value is None else value.const_value
+    return None if held is None else held.numpy()
+
+
+def _has_integers(product: Any, weight: Any) -> bool:
+    """Whether what is multiplied with the weight comes from integers."""
+    if product.op_type == "Transpose":
+        return any(_has_integers(use, product) for use, _ in product.outputs[0].uses())
+    if product.op_type not in _PRODUCTS or product.inputs[0] is None:
+        return False
+    other = product.inputs[0] if product.inputs[0] is not weight.outputs[0] else product.inputs[1]
+    producer = other.producer()
+    while producer is not None and producer.op_type in _RESHAPING:
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _unfold(model: Any, node: Any) -> None:
+    """Cast and Mul in the place of a DequantizeLinear."""
+    import onnx_ir as ir
+
+    codes, scale = _constant(node.inputs[0]), _constant(node.inputs[1])
+    if codes is None or scale is None or (len(node.inputs) > 2 and node.inputs[2] is not None):
+        return
+    axis, group = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    if group:
+        scale = np.repeat(scale, group, axis).take(range(codes.shape[axis]), axis)
+    elif scale.ndim:
+        scale = scale.reshape([-1 if place == axis else 1 for place in range(codes.ndim)])
+    factor = _kept(model, f"{node.outputs[0].name}_scale", scale)
+    cast = ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT})
+    product = ir.node("Mul", [cast.outputs[0], factor])
+    model.graph.insert_before(node, [cast, product])
+    old, new = node.outputs[0], product.outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = f"{old.name}_before"
+    old.replace_all_uses_with(new)
+    model.graph.remove(node, safe=True)
+
+
+def _transpose(model: Any, node: Any) -> None:
+    """Transposed codes instead of codes that are decoded and transposed."""
+    import onnx_ir as ir
+
+    before = node.inputs[0].producer()
+    if before is None or before.op_type != "DequantizeLinear" or len(before.outputs[0].uses()) != 1:
+        return
+    codes, scale = _constant(before.inputs[0]), _constant(before.inputs[1])
+    if codes is None or scale is None or codes.ndim != 2 or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+        return
+    grouped = before.attributes.get_int("block_size", 0)
+    before.replace_input_with(0, _kept(model, f"{before.inputs[0].name}_transposed", np.ascontiguousarray(codes.T)))
+    if grouped:
+        before.replace_input_with(1, _kept(model, f"{before.inputs[1].name}_transposed", np.ascontiguousarray(scale.T)))
+    before.attributes["axis"] = ir.AttrInt64("axis", 1 - before.attributes.get_int("axis", 1))
+    before.outputs[0].shape = ir.Shape(codes.T.shape)
+    node.outputs[0].replace_all_uses_with(before.outputs[0])
+    model.graph.remove(node, safe=True)
+
+
+def _spell_zero(model: Any, node: Any) -> None:
+    """A zero point that is left out as zeros: kernels of matrix products ask for one."""
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) > 2:
+        return
+    codes, scale = _constant(node.inputs[0]), _constant(node.inputs[1])
+    if codes is None or scale is None:
+        return
+    zero = _kept(model, f"zeros_{codes.dtype}_{'x'.join(map(str, scale.shape))}", np.zeros(scale.shape, codes.dtype))
+    node.resize_inputs(3)
+    node.replace_input_with(2, zero)
+
+
+def _kept(model: Any, name: str, array: np.ndarray) -> Any:
+    """The initializer of this name."""
+    import onnx_ir as ir
+
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    model.graph.register_initializer(value)
+    return value
+
+
+def _strip(model: Any) -> None:
+    """Drop what no runtime reads: where in the code each node comes from, shapes that follow from others, unused numbers."""
+    results = set(model.graph.outputs)
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in results:
+                value.shape, value.type = None, None
+    for name, value in list(model.graph.initializers.items()):
+        value.metadata_props.clear()
+        if not value.uses() and value not in results:
+            del model.graph.initializers[name]
+        elif (short := _short(name)) not in model.graph.initializers:
+            value.name = short
+    model.metadata_props.clear()
+
+
+def _short(name: str) -> str:
+    """root.conv.parametrizations.weight.0.decoder.codes is known as conv.weight_codes."""
+    owner, coded, rest = name.removeprefix("root.").partition("parametrizations.")
+    return f"{owner}{rest.replace('.0.decoder.', '_')}" if coded else owner
+
+
+def _round_bias(model: Any, node: Any) -> None:
+    """The bias of a product of integers as 32-bit integers in the unit of the products: kernels ask for that."""
+    import onnx_ir as ir
+
+    if len(node.inputs) < 3 or (bias := _constant(node.inputs[2])) is None:
+        return
+    scales = []
+    for value in node.inputs[:2]:
+        producer = value.producer()
+        scale = _constant(producer.inputs[1]) if producer is not None and producer.op_type == "DequantizeLinear" else None
+        if scale is None or scale.ndim > 1:
+            return
+        scales.append(scale.astype(np.float64))
+    scale = np.broadcast_to(scales[0] * scales[1], bias.shape).astype(np.float32)
+    codes = np.round(bias.astype(np.float64) / scale)
+    if bias.ndim != 1 or np.abs(codes).max(initial=0) >= 2**31:
+        return
+    name = node.inputs[2].name
+    kept = [_kept(model, f"{name}_codes", codes.astype(np.int32)), _kept(model, f"{name}_scale", scale)]
+    decoded = ir.node("DequantizeLinear", kept, {"axis": 0})
+    model.graph.insert_before(node, [decoded])
+    decoded.outputs[0].type, decoded.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(bias.shape)
+    node.replace_input_with(2, decoded.outputs[0])
+
+
+def _pack(model: Any, node: Any) -> None:
+    """Codes of 4 bits as half bytes."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    value = node.inputs[0]
+    codes = _constant(value)
+    if codes is None or codes.dtype != np.int8 or not codes.size or codes.min() < -8 or codes.max() > 7:
+        return
+    value.const_value = ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=value.name)
+    value.type = ir.TensorType(ir.DataType.INT4)

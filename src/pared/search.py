@@ -1,0 +1,374 @@
+"""The search for a plan within the budget: which plan to carry out next, and which trial to keep."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import NamedTuple
+
+from torch import nn
+
+from pared.budget.allocate import Plan, allocate, curve, smallest
+from pared.budget.calibrate import gather
+from pared.budget.channels import Removal, channel_options, masks, plan_channels
+from pared.budget.options import fixed_bits, options
+from pared.errors import BudgetError
+from pared.graph.channels import Channels
+from pared.job import Job
+from pared.measurement.latency import compare
+from pared.measurement.quality import Drop
+from pared.place import Refusal, place
+from pared.runtimes import session
+from pared.site import duplicate, plain
+from pared.statistics import Statistics
+from pared.technique import Cost, Option
+from pared.trials import Level, Trial, Trials, Way
+
+MAX_TRIALS = 6
+"""How many plans are trained and verified at most while the accepted drop is used up."""
+MAX_CHEAP_TRIALS = 16
+"""The same for plans that need no training."""
+SIZE_TOLERANCE = 0.01
+"""A plan this close below the size asked for is close enough."""
+
+
+class Found(NamedTuple):
+    """The trial to keep, whether the budget is met, and what is to be said if it is not."""
+
+    best: Trial
+    met: bool
+    reason: str = ""
+
+
+class Search:
+    """Chooses plans and has them carried out.
+
+    Args:
+        job: the run.
+        statistics: of its base.
+        trials: carries plans out.
+    """
+
+    def __init__(self, job: Job, statistics: Statistics, trials: Trials) -> None:
+        self.job, self.statistics, self.trials = job, statistics, trials
+        self.refusals: list[Refusal] = []
+        self.first_options: list[Option] = []
+        """What the recipe's first step could do."""
+
+    def find(self) -> Found:
+        """The best trial for what is asked.
+
+        Raises:
+            BudgetError: even the smallest plan is above the budget.
+        """
+        target = self.job.target
+        if target.speedup is not None:
+            return self._search_latency()
+        if target.max_drop is None:
+            best = self._at_size(target.file_bytes, target.macs, self.job.trains)
+            return Found(best, True)
+        if target.file_bytes is not None or target.macs is not None:
+            best = self._at_size(target.file_bytes, target.macs, trained=False)
+            if self.job.trains and best.drop.value > target.max_drop / 2:  # near the limit, luck on validation data decides
+                best = self._at_size(target.file_bytes, target.macs, trained=True)
+            if self._accepts(best):
+                return Found(best, True)
+            if target.file_bytes is None:
+                return Found(best, False, self._miss(best))
+            fallback = self._within_drop(target.file_bytes)
+            if fallback:
+                return Found(fallback, False, self._miss(fallback, best))
+            return Found(best, False, self._miss(best))
+        best_within = self._within_drop(None)
+        if best_within is None:
+            if not self.trials.done:
+                raise BudgetError("no plan makes the file smaller than the original; add techniques to the recipe")
+            worst = min(self.trials.done, key=lambda trial: trial.drop.value)
+            return Found(worst, False, self._miss(worst))
+        return Found(best_within, True)
+
+    def nearest(self) -> Trial:
+        """The best there is where no plan meets the budget: the smallest within the drop, or the smallest of all."""
+        drops = self.job.target.max_drop is not None and self.job.target.speedup is None
+        return (self._within_drop(None) if drops else None) or self.trials.carry_out(*self._smallest_plan(), trained=False)
+
+    @cached_property
+    def ways(self) -> list[Way]:
+        """Every way through the steps; one, if there is one step."""
+        start = self.job.base, self.statistics, (), self.job.total_macs
+        return self.job.timed("options", lambda: list(self._explore(0, *start)))
+
+    def _explore(
+        self, index: int, model: nn.Module, statistics: Statistics, levels: tuple[Level, ...], macs: float
+    ) -> Iterator[Way]:
+        job, step, graph = self.job, self.job.steps[index], None
+        if step.cuts:
+            graph = Channels(duplicate(model).eval(), *job.example)
+            found, refusals = channel_options(graph.model, step.candidates, statistics, graph, job.task, job.progress)
+        else:
+            found, refusals = options(model, list(step.candidates), statistics, job.task, progress=job.progress)
+        if index == 0:
+            self.refusals = refusals
+            self.first_options = found
+        if index == len(job.steps) - 1:
+            covered = set() if graph else {path for option in found for path in option.site.covers}
+            yield Way(levels, found, model, statistics, 0.0 if graph else fixed_bits(model, covered), macs, graph)
+            return
+        for chosen in _levels(found) if graph is None else self._cut_levels(found, graph, macs):
+            twin = copy.deepcopy(model)
+            if graph is None:
+                grown = statistics.copy()
+                place(twin, chosen, grown)
+                yield from self._explore(index + 1, twin, grown, (*levels, Level(chosen)), macs)
+                continue
+            Removal(twin, graph, job.task).remove_(chosen)
+            seen = gather(plain(twin), job.task, seed=job.seed, progress=job.progress) if chosen else statistics
+            left = macs * graph.macs(masks(chosen, graph)) / graph.macs({})
+            yield from self._explore(index + 1, twin, seen, (*levels, Level(chosen, graph, tuple(found), seen)), left)
+
+    def _cut_levels(self, found: list[Option], graph: Channels, macs: float) -> list[tuple[Option, ...]]:
+        """A few plans of a step that removes channels before others follow: what is asked, or some shares of the MACs."""
+        whole = graph.macs({})
+        if self.job.target.macs is not None or self.job.target.speedup is not None:
+            asked = self.job.target.macs or self.job.total_macs / (self.job.target.speedup or 1.0)
+            return [tuple(plan_channels(found, graph, macs=whole * min(1.0, asked / macs)))]
+        plans: list[tuple[Option, ...]] = [()]
+        for share in (0.75, 0.5, 0.35):
+            try:
+                plans.append(tuple(plan_channels(found, graph, macs=share * whole)))
+            except BudgetError:
+                continue
+        return plans
+
+    def _plan(self, file_bytes: float | None, macs: float | None) -> tuple[Way, Plan]:
+        """The least damage within a budget, over all ways through the steps."""
+        found: list[tuple[Way, Plan]] = []
+        failure: BudgetError | None = None
+        for way in self.ways:
+            limits: dict[str, float] = {}
+            if file_bytes is not None:
+                limits["size_bits"] = 8 * file_bytes / self.trials.correction - way.fixed_bits
+            if macs is not None:
+                dense = sum(option.cost.macs for option in way.options if option.technique is None)
+                limits["macs"] = macs if way.graph else macs - max(0.0, way.macs - dense)
+            try:
+                found.append((way, _cut_plan(way, **limits) if way.graph else allocate(way.options, **limits)))
+            except BudgetError as error:
+                failure = error
+        if not found:
+            raise failure or BudgetError("no plan was found")
+        return min(found, key=lambda pair: pair[0].damage + pair[1].damage)
+
+    def _smallest_plan(self) -> tuple[Way, Plan]:
+        lighter = self.job.target.file_bytes is None and (self.job.target.macs is not None or self.job.target.speedup is not None)
+        measure_name = "macs" if lighter else "stored_bits"
+        plans = [(way, _least(way, measure_name)) for way in self.ways]
+        return min(plans, key=lambda pair: pair[0].fixed_bits + getattr(pair[1].cost, measure_name))
+
+    def _accepts(self, trial: Trial) -> bool:
+        limit = self.job.target.max_drop
+        return limit is None or trial.drop.value + margin(trial.drop, limit) <= limit + 1e-9
+
+    @property
+    def _shrinks(self) -> tuple[float, ...]:
+        """Parts of the size asked for that trainings aim at, one after the other until a file fits."""
+        if all(technique.keeps_size for technique in self.job.steps[-1].candidates):
+            return 0.98, 0.94
+        return 0.9, 0.84  # training spreads the codes: files grow by up to a tenth
+
+    def _at_size(self, file_bytes: float | None, macs: float | None, trained: bool) -> Trial:
+        """A trial whose file is within the size: the estimate is corrected by what files of earlier trials weighed."""
+        fitting: list[Trial] = []
+        aim, before = file_bytes, None
+        for _ in range(4):
+            chosen = self._plan(aim, macs)
+            if before is not None and chosen[0] is before[0] and chosen[1].options == before[1].options:
+                break
+            before = chosen
+            trial = self.trials.carry_out(*chosen, trained=False)
+            if file_bytes is None or trial.file_bytes <= file_bytes:
+                fitting.append(trial)
+            if file_bytes is None or self._fits(trial, file_bytes):
+                break
+            aim = file_bytes * (1 - SIZE_TOLERANCE / 2)
+        for shrink in self._shrinks if trained else ():
+            aim = file_bytes * shrink if file_bytes is not None else None
+            try:
+                trial = self.trials.carry_out(*self._plan(aim, macs), trained=True)
+            except BudgetError:
+                break
+            if file_bytes is None or trial.file_bytes <= file_bytes:
+                fitting.append(trial)
+                break
+        if fitting:
+            return min(fitting, key=lambda trial: trial.drop.value)
+        nearest = min(self.trials.done, key=lambda trial: trial.file_bytes)
+        worst = ", ".join(option.site.path for option in self._largest(nearest))
+        raise BudgetError(
+            f"the plan nearest to the budget needs {nearest.file_bytes / 1e6:.3g} MB but the budget is "
+            f"{(file_bytes or 0) / 1e6:.3g} MB; raise the budget, or add a smaller option to: {worst}"
+        )
+
+    @staticmethod
+    def _largest(trial: Trial, n: int = 3) -> list[Option]:
+        return sorted(trial.plan.options, key=lambda option: -option.cost.stored_bits)[:n]
+
+    def _fits(self, trial: Trial, file_bytes: float) -> bool:
+        return trial.file_bytes <= file_bytes and (
+            trial.file_bytes >= file_bytes * (1 - 4 * SIZE_TOLERANCE) or trial.plan.damage <= 0
+        )
+
+    def _within_drop(self, at_least: float | None) -> Trial | None:
+        """The smallest trial within the accepted drop; first without training, then with it where that is allowed."""
+        low = max(self._smallest_bytes(), at_least or 0.0)
+        high = max(float(self.job.original_bytes), 1.1 * low)
+        best, low, high = self._bisect(low, high, trained=False, n=MAX_CHEAP_TRIALS, best=None)
+        if self.job.trains:
+            # training reaches further down than the plan without it: go on from there
+            top = float(best.file_bytes) if best else high
+            bottom = max(top / 16, self._smallest_bytes(), at_least or 0.0)
+            best, _, _ = self._bisect(bottom, top, trained=True, n=MAX_TRIALS, best=best, start=top / 2.5)
+        return best
+
+    def _bisect(
+        self, low: float, high: float, *, trained: bool, n: int, best: Trial | None, start: float | None = None
+    ) -> tuple[Trial | None, float, float]:
+        """Bisection of the size on a logarithmic scale between one that is too small and one that is large enough."""
+        for step in range(n):
+            if high / low < (1.06 if trained else 1.03):
+                break
+            aim = max(low, start) if step == 0 and start is not None else math.sqrt(low * high)
+            try:
+                trial = self.trials.carry_out(*self._plan(aim, self.job.target.macs), trained)
+            except BudgetError:
+                low = aim
+                continue
+            if self._accepts(trial):
+                if best is None or trial.file_bytes < best.file_bytes:
+                    best = trial
+                high = min(aim, float(trial.file_bytes))
+            else:
+                low = aim
+            if high <= low:
+                break
+        return best, low, high
+
+    def _smallest_bytes(self) -> float:
+        sizes = [way.fixed_bits + _least(way, "stored_bits").cost.stored_bits for way in self.ways]
+        return 1.02 * self.trials.correction * min(sizes) / 8
+
+    def _search_latency(self) -> Found:
+        wanted = self.job.target.speedup or 1.0
+        macs = self.job.target.macs or self.job.total_macs / wanted
+        trial, speedup = None, 0.0
+        if self.job.after and self.job.target.file_bytes is None:  # integers are faster at the same number of MACs
+            plans = [(way, _least(way, "stored_bits")) for way in self.ways]
+            chosen = min(plans, key=lambda pair: pair[0].fixed_bits + pair[1].cost.stored_bits)
+            trial = self.trials.carry_out(*chosen, trained=False)
+            speedup = self.job.folder.memo(f"speedup-{trial.number}", partial(self._speedup, trial.model))
+            self.job.say(f"{speedup:.2f}x faster in {self.job.target.runtime} at all of the MACs")
+            if speedup >= wanted:
+                return Found(trial, self._accepts(trial), "" if self._accepts(trial) else self._miss(trial))
+        for _ in range(4):
+            trial = self._at_size(self.job.target.file_bytes, macs, trained=False)
+            speedup = self.job.folder.memo(f"speedup-{trial.number}", partial(self._speedup, trial.model))
+            self.job.say(f"{speedup:.2f}x faster in {self.job.target.runtime} at {macs / self.job.total_macs:.0%} of the MACs")
+            if speedup >= wanted:
+                break
+            macs *= max(0.5, 0.95 * speedup / wanted)
+        if trial is None:
+            raise BudgetError("no plan was found")
+        if self.job.trains:
+            trial = self._at_size(self.job.target.file_bytes, macs, trained=True)
+        met = speedup >= wanted and self._accepts(trial)
+        reason = "" if met else (
+            f"the budget is not met: {speedup:.2f}x faster in {self.job.target.runtime} (asked {wanted:g}x), "
+            f"drop {trial.drop.value:.2f}; the best found is kept"
+        )
+        return Found(trial, met, reason)
+
+    def _speedup(self, model: nn.Module) -> float:
+        pair = {"original": self.job.original, "compressed": model}
+        times = compare({name: session(each, self.job.target.runtime, self.job.example) for name, each in pair.items()})
+        return times["original"].median / times["compressed"].median
+
+    def _miss(self, kept: Trial, asked: Trial | None = None) -> str:
+        unit = kept.drop.unit
+        text = f"the budget is not met: the accepted drop is {self.job.target.max_drop:g} {unit}"
+        if asked is not None:
+            text += f", but at {asked.file_bytes / 1e6:.3g} MB the drop is {_spread(asked.drop)}"
+        ratio = self.job.original_bytes / kept.file_bytes
+        text += f"; kept is {kept.file_bytes / 1e6:.3g} MB ({ratio:.1f}x) with {_spread(kept.drop)}"
+        worst = sorted(kept.plan.options, key=lambda option: -option.damage)[:3]
+        if worst:
+            text += f"; most damage comes from {', '.join(option.site.path for option in worst)}"
+        return text
+
+
+def _cut_plan(way: Way, size_bits: float | None = None, macs: float | None = None) -> Plan:
+    """The channels to remove within the budgets; where there are two, the one that takes more decides."""
+    graph = way.graph
+    if graph is None:
+        raise ValueError("a way that removes no channels has no graph of them")
+    start = time.perf_counter()
+    plans = []
+    if macs is not None:
+        plans.append(plan_channels(way.options, graph, macs=graph.macs({}) * min(1.0, macs / way.macs)))
+    if size_bits is not None:
+        plans.append(plan_channels(way.options, graph, bits=size_bits))
+    costs = [(_cut_cost(way, plan), plan) for plan in plans or [[]]]
+    cost, chosen = min(costs, key=lambda pair: (pair[0].stored_bits, pair[0].macs))
+    if (macs is not None and cost.macs > 1.0001 * macs) or (size_bits is not None and cost.stored_bits > 1.0001 * size_bits):
+        raise BudgetError("no plan for the channels meets both the size and the MACs; relax one of them")
+    return Plan(tuple(chosen), cost, sum(option.damage for option in chosen), 0.0, time.perf_counter() - start)
+
+
+def _cut_cost(way: Way, chosen: Sequence[Option]) -> Cost:
+    graph = way.graph
+    if graph is None:
+        raise ValueError("a way that removes no channels has no graph of them")
+    gone = masks(chosen, graph)
+    return Cost(graph.bits(gone), way.macs * graph.macs(gone) / graph.macs({}))
+
+
+def _least(way: Way, measure_name: str) -> Plan:
+    """What costs least, whatever it harms."""
+    if way.graph is None:
+        return smallest(way.options, measure_name)
+    harshest: dict[str, Option] = {}
+    for option in sorted(way.options, key=lambda option: -option.cost.stored_bits):
+        harshest[option.site.path] = option
+    chosen = tuple(harshest.values())
+    return Plan(chosen, _cut_cost(way, chosen), sum(option.damage for option in chosen), 0.0, 0.0)
+
+
+def margin(drop: Drop, max_drop: float) -> float:
+    """How far below the accepted drop a drop on validation data must stay: its standard error, at most half of what is
+    accepted. The plan is the best of several on the same examples, so half of all drops measured to be just within the
+    limit are above it on others; and with few examples the standard error alone would leave no plan to accept."""
+    error = drop.standard_error
+    return max_drop / 2 if error is None else min(error, max_drop / 2)
+
+
+def _spread(drop: Drop) -> str:
+    error = drop.standard_error
+    return f"{drop.value:.2f}" + (f" (standard error {error:.2f})" if error is not None else "")
+
+
+def _levels(found: list[Option], n: int = 3) -> list[tuple[Option, ...]]:
+    """A few plans of a step that others follow: nothing, and some points along its own trade-off."""
+    points = curve(found, n=24)
+    if len(points) < 2:
+        return [()]
+    most, least = points[0][0], points[-1][0]
+    most, least = max(most, least), min(most, least)
+    plans: list[tuple[Option, ...]] = [()]
+    for share in [(index + 1) / (n + 1) for index in range(n)]:
+        try:
+            plans.append(allocate(found, size_bits=most - share * (most - least)).options)
+        except BudgetError:
+            continue
+    return plans
