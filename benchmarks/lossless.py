@@ -87,7 +87,8 @@ def main() -> None:
             save_file(short, folder / "bf16.safetensors")
             for kind, file in (("as it is", path), ("bfloat16", folder / "bf16.safetensors")):
                 done = subprocess.run([arguments.peer, "-c", WORKER, file], capture_output=True, text=True, check=True)
-                row = {"name": path.stem, "kind": kind, "raw": file.stat().st_size, "pared": ours(file, folder), **json.loads(done.stdout)}
+                row = {"name": path.stem, "kind": kind, "raw": file.stat().st_size}
+                row |= {"pared": ours(file, folder), **json.loads(done.stdout)}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

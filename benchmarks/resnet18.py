@@ -35,7 +35,7 @@ def main() -> None:
     task = pared.Task(train=batches, val=batches[:10])
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        result = pared.compress(model, task, size="8x", train=False, out=Path(folder) / "run", progress=say)
+        result = pared.compress(model, task, "default", size="8x", train=False, out=Path(folder) / "run", progress=say)
     figures = {
         "images": arguments.images,
         "threads": arguments.threads,

@@ -162,6 +162,46 @@ def int8(found: Any) -> list[tuple[str, str]]:
     return rows
 
 
+def codec(title: str) -> Callable[[Any], list[tuple[str, str]]]:
+    def rows(found: Any) -> list[tuple[str, str]]:
+        known = [level for level in found["levels"] if level["ratio"]]
+        if not known:
+            return []
+        each = "; ".join(
+            f"{level['pared'] / 1e3:.1f} against {level['nncodec'] / 1e3:.1f} kB at {level['quality']:.4g} "
+            f"({100 * (1 - level['ratio']):.0f} % fewer)"
+            for level in known
+        )
+        what = f"{title}: whole file beside nncodec 2.1.3, no training"
+        return [(what, f"{found['measure']}, {found['original']:.4g} before: {each}")]
+
+    return rows
+
+
+def integers(found: Any) -> list[tuple[str, str]]:
+    total = found["total"]
+    return [
+        (
+            f"Context coder beside nncodec's, {found['tensors']} tensors of integers",
+            f"{found['mean_ratio']['context']:.3f} of its bytes (geometric mean); encodes "
+            f"{total['nncodec']['encode_s'] / total['context']['encode_s']:.1f}, decodes "
+            f"{total['nncodec']['decode_s'] / total['context']['decode_s']:.1f} times as fast",
+        )
+    ]
+
+
+def lossless(found: Any) -> list[tuple[str, str]]:
+    def line(row: Any) -> str:
+        shares = {codec: 100 * row[codec]["bytes"] / row["raw"] for codec in ("pared", "zipnn", "zstd_19")}
+        there, back = (row["raw"] / row["pared"][key] / 1e6 for key in ("encode_s", "decode_s"))
+        return (
+            f"{shares['pared']:.1f} % of its bytes (zipnn {shares['zipnn']:.1f} %, zstd -19 {shares['zstd_19']:.1f} %); "
+            f"{there:.0f} MB/s there, {back:.0f} MB/s back"
+        )
+
+    return [(f"Lossless, {row['name']}, {row['kind']}", line(row)) for row in found["rows"]]
+
+
 SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "lenet_300_100": lenet("LeNet-300-100"),
     "lenet_5": lenet("LeNet-5"),
@@ -175,6 +215,14 @@ SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "strangers": strangers,
     "kill": kill,
     "int8": int8,
+    "codec-lenet_300_100": codec("LeNet-300-100"),
+    "codec-lenet_5": codec("LeNet-5"),
+    "codec-small_resnet": codec("Small residual network, Fashion-MNIST"),
+    "codec-digits_lstm": codec("LSTM on digits"),
+    "codec-efficientnet_lite0": codec("EfficientNet-Lite0, photographs"),
+    "codec-minilm": codec("MiniLM, docstrings"),
+    "codec-integers": integers,
+    "lossless": lossless,
 }
 
 

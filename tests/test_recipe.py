@@ -20,7 +20,10 @@ def test_choices_inside_a_chain_multiply():
     assert all(isinstance(candidate, Chain) for candidate in candidates)
 
 
-@pytest.mark.parametrize("name", ["default", "deep-compression", "entropy-constrained", "low-rank-int8", "smallest", "channels", "int8"])
+SHIPPED = ["default", "deep-compression", "entropy-constrained", "low-rank-int8", "smallest", "channels", "int8"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_survive_a_round_trip_through_yaml(name):
     loaded = recipe.load(name)
     assert recipe.load(yaml.safe_load(loaded.to_yaml())) == loaded
