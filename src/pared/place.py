@@ -70,6 +70,7 @@ def apply(
 
     carried = earlier.example if earlier else None
     statistics: Statistics | None = None
+    program = None
     for number, item in enumerate(techniques):
         if item.kind == "network":
             statistics = observe(twin, task, [item], carried)
@@ -79,7 +80,9 @@ def apply(
         if item.kind == "channels":
             from pared.budget.channels import cut_by_hand_
 
-            edits += cut_by_hand_(twin, item, statistics, task.example(twin) if task is not None else carried, task)
+            call = task.example(twin) if task is not None else carried
+            found, program = cut_by_hand_(twin, item, statistics, call, task)
+            edits += found
             statistics = None
             continue
         if item.kind is None:
@@ -95,7 +98,7 @@ def apply(
         edits += placed
         statistics = None if item.kind == "network" else statistics
     example = task.example(twin) if task is not None else carried
-    attach_(twin, Record(edits=edits, example=example))
+    attach_(twin, Record(edits=edits, example=example, program=program))
     return twin.eval()
 
 

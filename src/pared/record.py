@@ -26,7 +26,8 @@ class Record:
         recipe: the recipe with every choice resolved, as YAML.
         provenance: short facts for the file, as JSON can hold them; no dates, so that equal models make equal files.
         dynamic: free axes of the inputs beside the batch, as `pared.graph.trace` takes them.
-        program: of the file that the model was loaded from; saved again while it still agrees with the model.
+        program: of the file that the model was loaded from, or the one left by the removal of channels; saved while it still
+            agrees with the model, which is then not traced.
     """
 
     edits: list[Edit] = field(default_factory=list)

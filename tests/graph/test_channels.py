@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import pared
+from pared import prune
 from pared.graph.channels import Channels, difference
+from pared.record import Record, attach_
 from pared.testing.zeroing import zeroed
 
 
@@ -349,3 +351,12 @@ def test_channels_that_reach_an_operator_without_a_rule_stay_with_its_name():
     graph = Channels(Unknown().eval(), (torch.randn(3, 8),))
     assert [group.name for group in graph.groups] == ["a"]
     assert "rfft" in next(f for f in graph.frozen if f.name == "b").reason
+
+
+def test_a_network_that_lost_channels_is_saved_without_being_traced_again(tmp_path, monkeypatch):
+    model, x = made("residual")
+    attach_(model, Record(example=((x,), {})))
+    small = pared.apply(model, None, prune.Channels(keep=0.5, importance="l1"))
+    monkeypatch.setattr("pared.artifact.write.trace", None)
+    pared.save(small, tmp_path / "small.pared")
+    assert difference(pared.load(tmp_path / "small.pared")(x), small(x)) < 1e-6

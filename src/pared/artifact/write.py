@@ -63,6 +63,7 @@ def save(
         record,
         edits=list(record.edits if edits is None else edits),
         example=record.example if example is None else call_of(example),
+        program=record.program if example is None else None,
         provenance=dict(record.provenance if provenance is None else provenance),
     )
     container.write(path, to_bytes(model, record, store, program))
@@ -195,12 +196,16 @@ def _program(model: nn.Module, twin: nn.Module, record: Record) -> Program | Non
     if isinstance(model, ProgramModule):
         return model.program
     try:
-        if record.example is not None:
-            args, kwargs = to_device_of(twin, record.example)
-            return trace(twin, args, kwargs, record.dynamic)
         if record.program is not None:
-            return _still_valid(record.program, twin)
-        raise TraceError("there is no example to trace it from; pass example=")
+            try:
+                return _still_valid(record.program, twin)
+            except TraceError:
+                if record.example is None:
+                    raise
+        if record.example is None:
+            raise TraceError("there is no example to trace it from; pass example=")
+        args, kwargs = to_device_of(twin, record.example)
+        return trace(twin, args, kwargs, record.dynamic)
     except TraceError as error:
         warnings.warn(f"the file is saved without program and loads into the model's class only: {error}", stacklevel=4)
         return None

@@ -18,6 +18,7 @@ from pared.budget.responses import responses
 from pared.cut import Coordinates, CutStructure
 from pared.errors import BudgetError, InputError
 from pared.graph.channels import Channels, Load
+from pared.graph.program import Program
 from pared.place import Refusal, bytes_of, everywhere, place
 from pared.site import Site, duplicate
 from pared.statistics import Responses, Statistics
@@ -110,6 +111,10 @@ class Removal:
             reconstruct_(self.model, before, *programs, lambda k: self.graph.rows(k, going, after), self.task)
         return edits
 
+    def program(self) -> Program:
+        """That of the network as it is now."""
+        return self.graph.cut_program(self.graph.going(self._gone))
+
 
 def partly(options: Sequence[Option], found: Sequence[Option], progress: float) -> list[Option]:
     """For each option the one at its group that has gone about this part of its way; 1: the option itself."""
@@ -138,8 +143,8 @@ def cut_by_hand_(
     statistics: Statistics,
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
     task: Task | None,
-) -> list[Edit]:
-    """Remove channels of every group that the technique does not refuse, in place.
+) -> tuple[list[Edit], Program]:
+    """Remove channels of every group that the technique does not refuse, in place; gives the edits and the cut program.
 
     Raises:
         InputError: there is no example to trace the model with, or nothing can be removed; the first reasons are given.
@@ -154,7 +159,8 @@ def cut_by_hand_(
         reasons = [f"{each.path}: {each.reason}" for each in (*refusals, *refused(original, [technique], graph))]
         told = "; ".join(dict.fromkeys(reasons[:3])) or "the model has no channels"
         raise InputError(f"{technique} must change something, but it changes nothing: {told}")
-    return Removal(model, graph, task).remove_(chosen)
+    removal = Removal(model, graph, task)
+    return removal.remove_(chosen), removal.program()
 
 
 def masks(options: Sequence[Option], graph: Channels) -> dict[int, np.ndarray]:
