@@ -122,6 +122,12 @@ def test_what_no_statistics_saw_is_kept_by_its_size():
     assert float((parts() - weight).abs().max()) < 0.05 * float(weight.abs().max())
 
 
+def test_however_little_a_bit_is_worth_the_codes_fit():
+    site, statistics = observed(32, 48)
+    _, parts = RateDistortion(slope=1e-30).solve(site, statistics)
+    assert float((parts() - site.tensor).abs().max()) < 1e-2 * float(site.tensor.abs().max())
+
+
 def test_slices_of_a_fused_tensor_each_follow_their_own_use():
     """Two halves with uses of their own: the half that matters a thousand times more comes out that much closer."""
     generator = torch.Generator().manual_seed(0)

@@ -27,6 +27,7 @@ _OCTAVE = 4
 _THRIFT = 0.3
 """How much of the slope decides on a single weight: what rounding it the cheap way costs the weights after it is not
 seen, and at 1 the sum of damage and slope * bits comes out up to a fifth higher."""
+_LARGEST = 24_000
 _FINEST = 256
 """Where half of the codes are larger, nothing is to be gained from choosing them."""
 _TILE = 64, 128
@@ -227,7 +228,10 @@ class _Plan:
             mean = np.log2(np.exp2(rest).mean(1 if has_rows else None, dtype=np.float64))
         # half the slope of damage 1/2 h step^2 / 12 at high rates, where a bit quarters it
         rows = np.atleast_1d(math.log2(12 * slope / math.log(2)) / 2 - mean / 2)
-        self.rows = np.rint(_OCTAVE * rows).clip(-128, 127).astype(np.int8)
+        largest = np.abs(weight * np.exp2(-self.columns / np.float32(_OCTAVE))).max(1 if has_rows else None)
+        with np.errstate(divide="ignore"):
+            rows = np.maximum(rows, np.log2(largest / _LARGEST))  # however little a bit is worth, the codes must fit
+        self.rows = np.ceil(_OCTAVE * rows - 0.5).clip(-128, 127).astype(np.int8)
         self.scales = [2.0 ** (np.broadcast_to(e, n) / _OCTAVE) for e, n in zip((self.rows, self.columns), weight.shape)]
         spread = self.scales[0][:, None] * self.scales[1][None]
         self.steps = spread.astype(np.float32).reshape(-1)
@@ -239,11 +243,12 @@ class _Plan:
 
     def codes(self, slope: float) -> np.ndarray:
         """Integers in the order of the rows, flat."""
-        codes = np.zeros(self.weight.size, np.int32)
-        np.rint(np.sign(self.weight) * np.maximum(np.abs(self.weight) / self.steps - 0.2, 0), out=codes, casting="unsafe")
         sizes = np.abs(self.weight) / self.steps
-        if not codes.any() or float(np.median(sizes)) > _FINEST:
-            return codes.clip(-self.most, self.most)
+        if float(np.median(sizes)) > _FINEST:
+            return np.rint(self.weight / self.steps).astype(np.int32).clip(-self.most, self.most)
+        codes = np.rint(np.sign(self.weight) * np.maximum(sizes - 0.2, 0)).astype(np.int32)
+        if not codes.any():
+            return codes
         counts = np.zeros((_N_LEVELS, _N_SIZES))
         for last in (False, True) if self.weight.size < _SMALL else (True,):
             expected = _expected(codes.reshape(len(self.scales[0]), -1))

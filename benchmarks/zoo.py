@@ -1,8 +1,8 @@
 """Channel pruning on one architecture of every family that timm lists, and on small transformers and recurrent nets.
 
-    python benchmarks/coverage.py                 # what is not in the results yet
-    python benchmarks/coverage.py resnet18 bert   # these, again
-    python benchmarks/coverage.py --table         # write docs/coverage.md from the results
+    python benchmarks/zoo.py                 # what is not in the results yet
+    python benchmarks/zoo.py resnet18 bert   # these, again
+    python benchmarks/zoo.py --table         # write docs/coverage.md from the results
 
 Random weights, small images, half of the channels, no code per model. Each architecture runs in a process of its own
 and must: lose 30 % of its parameters and MACs; equal, to 1e-4, its own original with the same channels silenced operator by
@@ -338,7 +338,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Which networks can lose channels",
         "",
-        "Written by `benchmarks/coverage.py --table` from `benchmarks/results/coverage.json`. Every network, with random weights, "
+        "Written by `benchmarks/zoo.py --table` from `benchmarks/results/coverage.json`. Every network, with random weights, "
         "was cut to half of its channels (`prune.channels`, keep 0.5) without code of its own. The columns: parameters and MACs "
         "that are left; *equal*: the cut network equals the original with those channels silenced operator by operator (largest "
         "relative error); saved; loaded without its class; took a training step; agrees with ONNX Runtime to 1e-3. Below: why "
