@@ -2,7 +2,7 @@
 
     python benchmarks/lenet.py --net lenet_300_100 --size 41x --epochs 40
     python benchmarks/lenet.py --net lenet_5 --size 45x --epochs 13
-    python benchmarks/lenet.py --net lenet_300_100 --data mnist-5k --size 100x --epochs 400 --seeds 0
+    python benchmarks/lenet.py --net lenet_300_100 --data mnist-5k --size 100x --epochs 200 --seeds 0
 
 Every seed trains its own original (examples/train_fashion_mnist.py), compresses it to the size given with the recipe
 entropy-constrained, and touches the test set once. Settings were chosen on splits of the training set: 10,000 of its images that
