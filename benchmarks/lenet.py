@@ -5,10 +5,11 @@
     python benchmarks/lenet.py --net lenet_300_100 --data mnist-5k --size 100x --epochs 200 --seeds 0
 
 Every seed trains its own original (examples/train_fashion_mnist.py), compresses it to the size given with the recipe
-entropy-constrained, and touches the test set once. Settings were chosen on splits of the training set with LeNet-300-100:
-15,000 of its images that neither training nor validation saw stood in for the test set. For LeNet-5 the size was chosen by validation after a
-pilot run of seed 0 (103x, other settings) had shown its test figure too. Figures go to benchmarks/results/NET.json (NET-DATA.json
-where the data are others than Fashion-MNIST); seeds that are there already are kept.
+entropy-constrained, and touches the test set once. Settings were chosen on splits of the training set with
+LeNet-300-100: 15,000 of its images that neither training nor validation saw stood in for the test set. For LeNet-5
+the size was chosen by validation after a pilot run of seed 0 (103x, other settings) had shown its test figure too.
+Figures go to benchmarks/results/NET.json (NET-DATA.json where the data are others than Fashion-MNIST); seeds that are
+there already are kept.
 """
 
 from __future__ import annotations
