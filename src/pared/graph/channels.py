@@ -233,14 +233,14 @@ class Channels:
             elif isinstance(origin, int) and not size.computed and not self._guesses(size):
                 for array in size.axis:
                     self.axes.ids.freeze(array, f"its size is the number {size.size} in the code near {size.near}")
+        for axis, n, origin in relations:
+            if isinstance(origin, Combined):
+                self._relate(self.axes.ids.factors(*axis), n, origin)
         for axis, _, origin in relations:
             if isinstance(origin, Extent):
                 other = self._axis(origin) or ()
                 if not self._as_long(axis, other):
                     self.axes.ids.same(axis, other, "the code takes its size from that of what stays")
-        for axis, n, origin in relations:
-            if isinstance(origin, Combined):
-                self._relate(self.axes.ids.factors(*axis), n, origin)
         for attribute, origin in provenance.equal():
             if axis := self._axis(origin):
                 self._keeps(attribute, axis)
