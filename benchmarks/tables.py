@@ -202,9 +202,25 @@ def lossless(found: Any) -> list[tuple[str, str]]:
     return [(f"Lossless, {row['name']}, {row['kind']}", line(row)) for row in found["rows"]]
 
 
+def channels(found: Any) -> list[tuple[str, str]]:
+    """One row per number of epochs and of MACs: every method beside the others."""
+    cases: dict[tuple[int, float], dict[str, list[float]]] = {}
+    for run in found["runs"]:
+        cases.setdefault((run["epochs"], run["macs_asked"]), {}).setdefault(run["method"], []).append(run["drop_pp"])
+    rows = []
+    for (epochs, share), methods in sorted(cases.items()):
+        how = f"{epochs} epochs of recovery" if epochs else "no fine-tuning"
+        n = max(len(drops) for drops in methods.values())
+        told = [f"{name} loses {sum(drops) / len(drops):.2f} points" for name, drops in methods.items()]
+        title = f"Channels of the small residual network, {share:g}x fewer MACs, {how}, {n} seed{'s' * (n > 1)}"
+        rows.append((title, "; ".join(told)))
+    return rows
+
+
 SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "lenet_300_100": lenet("LeNet-300-100"),
     "lenet_5": lenet("LeNet-5"),
+    "channels": channels,
     "coders": coders,
     "damage": damage,
     "allocation": allocation,

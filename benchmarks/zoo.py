@@ -85,7 +85,7 @@ def image_model(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
             model = timm.create_model(name, num_classes=1000, **more).eval() if more else whole
             x = torch.randn(2, 3, size, size)
             model(x)
-        except Exception:  # noqa: BLE001, S112: whatever a size does to a model, the next one is tried
+        except Exception:  # whatever a size does to a model, the next one is tried
             continue
         return model, (x,), {}
     raise RuntimeError("it runs on none of the image sizes tried")
@@ -276,7 +276,7 @@ def finish(row: dict[str, Any], small: nn.Module, args: tuple[Any, ...], kwargs:
             start = time.perf_counter()
             try:
                 row[what] = work() if what != "save" else (work(), path.stat().st_size)[1]
-            except Exception as error:  # noqa: BLE001: any failure is a result
+            except Exception as error:  # any failure is a result
                 row[what] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
             row["seconds"][what] = time.perf_counter() - start
 
@@ -306,7 +306,7 @@ def run(name: str) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         try:
             send.send(one(name))
-        except Exception as error:  # noqa: BLE001: any failure is a result
+        except Exception as error:  # any failure is a result
             send.send({"name": name, "error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"})
 
     process = context.Process(target=work)
@@ -372,7 +372,8 @@ def line(row: dict[str, Any]) -> str:
     again = marks(row["rewrite"]) if "rewrite" in row else {}
     cells = [f"{row['oracle']:.0e}" if found["oracle"] else f"**{row['oracle']:.0e}**"]
     cells += ["yes" if found[key] else "no" for key in ("save", "load", "train", "onnx")]
-    return f"| {row['name']} | {' | '.join(shares)} | {' | '.join(cells)} | {('yes' if all(again.values()) else 'no') if again else ''} |"
+    cells.append(("yes" if all(again.values()) else "no") if again else "")
+    return f"| {row['name']} | {' | '.join([*shares, *cells])} |"
 
 
 def why(row: dict[str, Any]) -> str:

@@ -264,3 +264,16 @@ def test_entropy_constrained_codes_come_out_of_training_within_the_size_and_clos
     ratio = result.data["before"]["file_bytes"] / result.data["after"]["file_bytes"]
     assert 15 <= ratio < 20
     assert result.data["drop_pp"]["value"] < 5
+
+
+def test_the_int8_recipe_folds_codes_and_rounds_in_this_order(net, task, tmp_path):
+    said = []
+    path = tmp_path / "net.pared"
+    result = pared.compress(net, task, "int8", size="3.5x", train=False, progress=lambda event: said.append(event.get("say")))
+    assert result.met
+    names = [edit.technique.name for edit in result.edits]
+    assert names[0] == "structure.fold_batch_norm" and names[-1] == "quantize.activations" and "quantize.integer" in names
+    result.save(path)
+    expected = first_outputs(result.model, task)
+    assert torch.equal(first_outputs(pared.load(path), task), expected)
+    assert torch.equal(first_outputs(pared.load(path, Net()).eval(), task), expected)

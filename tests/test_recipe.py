@@ -67,3 +67,20 @@ def test_modules_cannot_be_replaced_after_their_tensors_are_coded():
 def test_a_missing_recipe_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
         recipe.load(tmp_path / "nowhere.yaml")
+
+
+def test_techniques_for_the_whole_network_stand_at_the_ends_of_a_recipe():
+    before, steps, after = recipe.load("int8").parts()
+    assert [technique.name for technique in before] == ["structure.fold_batch_norm", "structure.equalise"]
+    assert [step.candidates[0].name for step in steps] == ["quantize.integer"]
+    assert [technique.name for technique in after] == ["quantize.activations"]
+    integer, activations, fold = {"quantize.integer": {}}, {"quantize.activations": {}}, {"structure.fold_batch_norm": {}}
+    for wrong, told in (
+        ([integer, fold], "structure.fold_batch_norm must come first"),
+        ([activations, integer], "quantize.activations must come last"),
+        ([integer, {"quantize.activations": {"bits": [4, 8]}}], "its settings must be single values"),
+        ([integer, {**activations, "train": {"epochs": 1}}], "trains nothing"),
+        ([{"chain": [integer, activations]}], "cannot be part of a chain"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            recipe.load({"steps": wrong})

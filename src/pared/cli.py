@@ -135,7 +135,7 @@ def sensitivity(
     with show:
         net, task = _model_and_task(model, data, seed, show)
         task.check(net)
-        steps = [step for step in recipes.load(recipe).steps if step.replaces]
+        _, steps, _ = recipes.load(recipe).parts()
         rows = budget.sensitivity(prepared(net)[0], task, list(steps[0].candidates), progress=show)
     if out is not None:
         out.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -15,6 +15,9 @@ from torch.nn.utils import parametrize
 from pared.errors import InputError
 from pared.settings import Structure
 
+Owners = dict[str, list[tuple[str, str]]]
+"""For every path of a tensor, all (module, name) at which the same tensor is held."""
+
 
 @dataclass(frozen=True, eq=False)
 class Slice:
@@ -170,15 +173,18 @@ class Coordinates:
         )
 
 
-def cut_(root: nn.Module, structure: CutStructure) -> Callable[[], None]:
+def cut_(root: nn.Module, structure: CutStructure, owners: Owners | None = None) -> Callable[[], None]:
     """Remove, in place. The function that comes back undoes it.
+
+    Args:
+        owners: `owners_of(root)`, where many cuts follow one another.
 
     Raises:
         InputError: a tensor is not there, is coded already, or has no such position.
     """
     undo: list[Callable[[], None]] = []
     changed: set[str] = set()
-    owners = _owners(root)
+    owners = owners_of(root) if owners is None else owners
     for path, axis, marks, factor in structure.scales:
         value = _plain(root, path).detach().clone()
         rows = torch.as_tensor(_checked(positions_of(marks), value, axis, path), device=value.device)
@@ -214,7 +220,7 @@ def _checked(positions: np.ndarray, value: Tensor, axis: int, path: str) -> np.n
     return positions
 
 
-def _owners(root: nn.Module) -> dict[str, list[tuple[str, str]]]:
+def owners_of(root: nn.Module) -> Owners:
     """For every path of a tensor, all (module, name) at which the same tensor is held."""
     by_id: dict[int, list[tuple[str, str]]] = {}
     paths: list[tuple[str, int]] = []
@@ -239,7 +245,7 @@ def _plain(root: nn.Module, path: str) -> Tensor:
 
 
 def _replace_(
-    root: nn.Module, path: str, value: Tensor, owners: dict[str, list[tuple[str, str]]], undo: list[Callable[[], None]]
+    root: nn.Module, path: str, value: Tensor, owners: Owners, undo: list[Callable[[], None]]
 ) -> None:
     old = _plain(root, path)
     new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value

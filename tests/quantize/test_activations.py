@@ -119,7 +119,7 @@ def test_quantizing_twice_is_refused(task):
 def test_calibration_data_with_nan_are_named(task):
     x = task.train[0][0].clone()
     x[0, 0, 0, 0] = float("nan")
-    spoilt = pared.Task(task.train, task.val, calibration=[(x, task.train[0][1])])
+    spoilt = pared.Task(task.train, task.val, calibration=[*task.train, (x, task.train[0][1])])
     with pytest.raises(InputError, match=r"finite values, but the input of stem has NaN"):
         pared.apply(Net().eval(), spoilt, Activations())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,8 +81,10 @@ class _Seen:
         self.counts: Tensor | None = None
         self.reach: dict[int, Tensor] = {}
 
-    def extremes(self, value: Tensor) -> None:
+    def extremes(self, value: Tensor, port: Port) -> None:
         low, high = (float(end) for end in torch.aminmax(value))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(f"calibration data must give finite values, but the {port} has NaN or infinity; repair the data")
         self.low, self.high = min(self.low, low), max(self.high, high)
         for axis in {1, value.ndim - 1} if value.ndim > 1 else set():
             reach = value.abs().amax([other for other in range(value.ndim) if other != axis]).cpu()
@@ -102,8 +105,6 @@ def _watch(one: _Seen, port: Port, count: bool) -> Callable[[nn.Module, Tensor],
         if count:
             one.count(value)
             return
-        one.extremes(value)
-        if not (abs(one.low) < float("inf") and abs(one.high) < float("inf")):
-            raise InputError(f"calibration data must give finite values, but the {port} has NaN or infinity; repair the data")
+        one.extremes(value, port)
 
     return look

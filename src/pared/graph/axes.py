@@ -227,7 +227,7 @@ Rule = Callable[[Call], Any]
 def _fits(label: Any, shape: Any) -> bool:
     if isinstance(shape, tuple):
         return len(label) == len(shape) and all(len(a) == n for axis, n in zip(label, shape) for a in axis)
-    return not isinstance(shape, list) or all(s is None or l is None or _fits(l, s) for l, s in zip(label or (), shape))
+    return not isinstance(shape, list) or all(s is None or each is None or _fits(each, s) for each, s in zip(label or (), shape))
 
 
 def _unknown(call: Call) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pared.cut import Coordinates, Cut, Group, Mend, Slice, sizes_of
+from pared.cut import Coordinates, Cut, Group, Mend, Slice, cut_, owners_of, sizes_of
 from pared.errors import ParedError
 from pared.graph.axes import PLACES, Axes, Size
 from pared.graph.ids import Factors
@@ -104,13 +104,14 @@ class Channels:
                 if len(own) < 2:
                     continue
                 arrays = ids.factors(own)
-                free = [a for a in arrays if any(ids.reason(r) is None for r in np.unique(a[a >= 0]).tolist())]
+                free = [a for a in arrays if ids.free(a)] if len(arrays) > 1 else []
                 for array in arrays:
                     keys.append((path, axis, array, len(free) > 1 and array is free[0]))
         roots = np.concatenate([array for _, _, array, _ in keys]) if keys else np.zeros(0, np.int64)
         slots = np.concatenate([np.full(len(array), k) for k, (_, _, array, _) in enumerate(keys)]) if keys else roots
         known = roots >= 0
-        pairs, counts = np.unique(np.stack([roots[known], slots[known]], 1), axis=0, return_counts=True)
+        codes, counts = np.unique(roots[known] * len(keys) + slots[known], return_counts=True)
+        pairs = np.stack(np.divmod(codes, max(1, len(keys))), 1)
         starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1)) if len(pairs) else np.zeros(0, np.int64)
         members: dict[tuple[Any, ...], list[int]] = {}
         for begin, end in zip(starts, [*starts[1:], len(pairs)]):
@@ -119,7 +120,7 @@ class Channels:
             members.setdefault(signature, []).append(root)
         self.groups: list[Group] = []
         self.frozen: list[Frozen] = []
-        self._number: dict[int, int] = {}
+        self._number = np.full(ids.n + 1, -1)
         self._members: list[np.ndarray] = []
         names: dict[str, int] = {}
         used = {r for work in self.axes.works for axis in work.axes for a in ids.factors(*axis) for r in np.unique(a).tolist()}
@@ -137,11 +138,11 @@ class Channels:
                 self.frozen.append(Frozen(name, len(channels), "no product gets cheaper without it", tuple(p for p, *_ in places)))
                 continue
             names[name] = names.get(name, 0) + 1
-            number = np.full(ids.n + 1, -1)
-            number[channels] = np.arange(len(channels))
-            self._number.update(dict.fromkeys(channels, len(self.groups)))
+            self._number[channels] = len(self.groups)
             self._members.append(np.array(channels))
-            slices = tuple(Slice(path, axis, number[array]) for path, axis, array, _ in places)
+            places_of = np.full(ids.n + 1, -1)
+            places_of[channels] = np.arange(len(channels))
+            slices = tuple(Slice(path, axis, places_of[array]) for path, axis, array, _ in places)
             label = name if names[name] == 1 else f"{name}#{names[name]}"
             self.groups.append(Group(label, len(channels), slices, (), any(whole for *_, whole in places)))
         self._add_mends()
@@ -150,7 +151,7 @@ class Channels:
     def _terms(self, axis: Factors) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """An axis as counts of positions by the groups that they belong to."""
         arrays = self.axes.ids.factors(*axis)
-        groups = np.stack([np.array([self._number.get(r, -1) for r in a.tolist()]) for a in arrays], 1)
+        groups = np.stack([self._number[a] for a in arrays], 1)
         rows, counts = np.unique(groups, axis=0, return_counts=True)
         return tuple((int(n), tuple(g for g in row if g >= 0)) for row, n in zip(rows.tolist(), counts))
 
@@ -229,19 +230,46 @@ class Channels:
                 self._keeps(origin, size.axis)
             elif isinstance(origin, Combined | Extent):
                 relations.append((size.axis, size.size, origin))
+            elif isinstance(origin, int) and not size.computed and not self._guesses(size):
+                for array in size.axis:
+                    self.axes.ids.freeze(array, f"its size is the number {size.size} in the code near {size.near}")
         for axis, _, origin in relations:
             if isinstance(origin, Extent):
-                self.axes.ids.same(axis, self._axis(origin) or (), "the code takes its size from that of what stays")
+                other = self._axis(origin) or ()
+                if not self._as_long(axis, other):
+                    self.axes.ids.same(axis, other, "the code takes its size from that of what stays")
         for axis, n, origin in relations:
             if isinstance(origin, Combined):
                 self._relate(self.axes.ids.factors(*axis), n, origin)
+        for attribute, origin in provenance.equal():
+            if axis := self._axis(origin):
+                self._keeps(attribute, axis)
+
+    def _guesses(self, size: Size) -> bool:
+        """Whether an attribute that no call was seen to be given could be this size."""
+        modules = dict(self.model.named_modules())
+        return any(
+            value == size.size and Attribute(path, name, place) not in self._read
+            for path in _around(size.near)
+            if path in modules
+            for name, place, value in _numbers(modules[path], set())
+        )
 
     def _keeps(self, attribute: Attribute, axis: Factors) -> None:
         """The attribute is the size of the axis; axes whose sizes are one attribute are one."""
         held = self._kept.setdefault(attribute, [])
-        if held:
+        if held and not self._as_long(held[0], axis):
             self.axes.ids.same(held[0], axis, f"its size is also that of something else, {attribute.name} of {attribute.module}")
         held.append(axis)
+
+    def _as_long(self, a: Factors, b: Factors) -> bool:
+        """Whether as many positions of both stay, whatever goes: they belong to the same channels, in some order."""
+        found = []
+        for axis in (a, b):
+            arrays = self.axes.ids.factors(*axis)
+            rows = np.sort(np.stack(arrays, 1), 1) if arrays else np.zeros((0, 0), np.int64)
+            found.append(rows[np.lexsort(rows.T)] if len(rows) else rows)
+        return np.array_equal(*found)
 
     def _axis(self, origin: Origin) -> Factors | None:
         """The axis whose size a number is; (): one that stays; None: not known."""
@@ -280,17 +308,24 @@ class Channels:
             return
         if a != b * n:
             return
-        if right is None and left:
-            outer, inner = ids.split(left, b, n, _DIVIDED)
+        if left and not right:  # by a fixed number, or by one of which nothing is known yet
+            swapped = _rows_and_columns(left, n, b)
+            if swapped is not None and self._as_long(swapped[0], axis):
+                outer, inner = swapped[1], swapped[0]
+            else:
+                outer, inner = ids.split(left, b, n, _DIVIDED)
             ids.same(inner, axis, _DIVIDED)
-            if isinstance(origin.right, Attribute):
+            if right is None and isinstance(origin.right, Attribute):
                 self._keeps(origin.right, outer)
+                return
+            for array in outer:
+                ids.freeze(array, _DIVIDED)
             return
         whole = ids.join(right or (), b, axis, n)
         if left is None:
             if isinstance(origin.left, Attribute):
                 self._keeps(origin.left, whole)
-        elif not _equal(left, whole) and not _equal(left, ids.join(axis, n, right or (), b)):
+        elif not self._as_long(left, whole):
             ids.same(left, whole, _DIVIDED)
 
     def _add_mends(self) -> None:
@@ -323,7 +358,8 @@ class Channels:
                 found = {self._terms(axis): axis for axis in by_size.get(value, ())}
                 found = {terms: axis for terms, axis in found.items() if any(groups for _, groups in terms)}
                 if len(found) > 1:  # what is read in the module itself comes before what is read around it
-                    own = {self._terms((ids,)) for p, o in self.axes.origins.items() if p.startswith(f"{path}.") for ids in o}
+                    read = [ids for p, o in self.axes.origins.items() if p.startswith(f"{path}.") for ids in o]
+                    own = {self._terms((ids,)) for ids in read if len(ids) == value}
                     found = {terms: axis for terms, axis in found.items() if terms in own} or found
                 if found:
                     self._mend(attribute, next(iter(found)), mends)
@@ -403,16 +439,24 @@ class Channels:
     def _settle(self) -> None:
         """Cut a copy everywhere and run it; where its code does not follow, keep that neighbourhood whole."""
         while self.groups and self.trials < MAX_TRIALS:
-            failure = self._trial(range(len(self.groups)))
-            if failure is None:
+            for suspects in self._parts():
+                if (failure := self._trial(suspects)) is not None:
+                    break
+            else:
                 return
             path, said = failure
             if path is None or not self._yield(path, said):
-                self._keep_whole(self._culprits(), f"the code does not follow its removal ({said})")
+                self._keep_whole(self._culprits(suspects), f"the code does not follow its removal ({said})")
             self._find()
         for number in range(len(self.groups)):
             self._freeze_group(number, "the model did not run with its channels removed")
         self._find()
+
+    def _parts(self) -> list[list[int]]:
+        """All groups; where whole blocks can go also these alone, and the others alone."""
+        numbers = list(range(len(self.groups)))
+        blocks = [n for n in numbers if self.groups[n].whole]
+        return [numbers, [n for n in numbers if n not in blocks], blocks] if blocks else [numbers]
 
     def _trial(self, numbers: Iterable[int]) -> tuple[str | None, str] | None:
         """None, or the module that failed (None: another than can be told) and what it said."""
@@ -446,9 +490,8 @@ class Channels:
         distance = difference(got, expected)
         return None if distance <= TOLERANCE else (None, f"its outputs were off by {distance:.2g}")
 
-    def _culprits(self) -> list[int]:
-        """Few groups that the model does not follow when they alone are cut."""
-        suspects = list(range(len(self.groups)))
+    def _culprits(self, suspects: list[int]) -> list[int]:
+        """Few of the groups that the model does not follow when they alone are cut."""
         while len(suspects) > 1 and self.trials < MAX_TRIALS:
             half = len(suspects) // 2
             for part in (suspects[:half], suspects[half:]):
@@ -526,13 +569,12 @@ class Channels:
 
     def cut_(self, model: nn.Module, masks: Mapping[int, np.ndarray], *, rescale: bool = True) -> list[Cut]:
         """Remove channels of groups (number: mask of those that go), in place."""
-        coordinates = Coordinates()
+        coordinates, owners = Coordinates(), owners_of(model)
         cuts = []
         for number, gone in masks.items():
             group = self.groups[number] if rescale else replace(self.groups[number], rescaled=())
-            cut = Cut(coordinates.structure(group, gone, model))
-            cut(model)
-            cuts.append(cut)
+            cuts.append(Cut(coordinates.structure(group, gone, model)))
+            cut_(model, cuts[-1].structure, owners)
         return cuts
 
     def rewritten(self, masks: Mapping[int, np.ndarray]) -> ProgramModule:
@@ -655,8 +697,18 @@ _ATTENTION = "aten.scaled_dot_product_attention.default"
 _DIVIDED = "the code divides by its size"
 
 
-def _equal(a: Factors, b: Factors) -> bool:
-    return len(a) == len(b) and all(any(np.array_equal(x, y) for y in b) for x in a)
+def _rows_and_columns(axis: Factors, rows: int, columns: int) -> tuple[Factors, Factors] | None:
+    """The axis as whole rows and whole columns, if it is that already."""
+    outer, inner = [], []
+    for array in axis:
+        grid = array.reshape(rows, columns)
+        if (grid == grid[:, :1]).all():
+            outer.append(grid[:, 0])
+        elif (grid == grid[:1]).all():
+            inner.append(grid[0])
+        else:
+            return None
+    return tuple(outer), tuple(inner)
 
 
 def _attributes(origin: Origin) -> set[Attribute]:

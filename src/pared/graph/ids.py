@@ -28,6 +28,7 @@ class Ids:
         self._left = np.full(1024, NONE)
         self._right = np.full(1024, NONE)
         self._reason: dict[int, str] = {}
+        self._stays = np.zeros(1024, bool)
         self._composed: dict[tuple[int, int], int] = {}
 
     def new(self, n: int) -> np.ndarray:
@@ -36,6 +37,7 @@ class Ids:
             more = max(n, len(self._parent))
             self._parent = np.concatenate([self._parent, np.zeros(more, np.int64)])
             self._left, self._right = (np.concatenate([a, np.full(more, NONE)]) for a in (self._left, self._right))
+            self._stays = np.concatenate([self._stays, np.zeros(more, bool)])
         found = np.arange(self.n, self.n + n)
         self._parent[found] = found
         self.n += n
@@ -74,6 +76,7 @@ class Ids:
     def _inherit(self, merged: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """What was known of ids that have just got another representative; gives the unions that follow."""
         found = []
+        merged = merged[(self._left[merged] >= 0) | self._stays[merged]]
         roots = self.find(merged)
         for old, root in zip(merged.tolist(), roots.tolist()):
             left, right = self._left[old], self._right[old]
@@ -100,12 +103,17 @@ class Ids:
 
     def freeze(self, ids: np.ndarray, reason: str) -> None:
         """These channels stay; the first reason counts."""
-        for root in np.unique(self.find(ids[ids >= 0])).tolist():
-            if root in self._reason:
-                continue
+        roots = np.unique(self.find(ids[ids >= 0]))
+        for root in roots[~self._stays[roots]].tolist():
             self._reason[root] = reason
+            self._stays[root] = True
             if self._left[root] >= 0:
                 self.freeze(np.array([self._left[root], self._right[root]]), reason)
+
+    def free(self, ids: np.ndarray) -> bool:
+        """Whether any of them may go."""
+        roots = self.find(ids[ids >= 0])
+        return bool((~self._stays[roots]).any())
 
     def reason(self, root: int) -> str | None:
         """Why a representative stays, or None if it may go."""
@@ -130,9 +138,9 @@ class Ids:
         for array in arrays[1:]:
             other = self.find(array)
             both = (whole >= 0) & (other >= 0) & (whole != other)
-            pairs = np.stack([whole[both], other[both]], 1)
-            distinct, which = np.unique(pairs, axis=0, return_inverse=True)
-            made = np.array([self._pair(*pair) for pair in distinct.tolist()], np.int64)
+            n = self.n
+            distinct, which = np.unique(whole[both] * n + other[both], return_inverse=True)
+            made = np.array([self._pair(*divmod(pair, n)) for pair in distinct.tolist()], np.int64)
             joined = np.where(whole >= 0, whole, other)
             joined[both] = made[which.reshape(-1)] if len(made) else joined[both]
             whole = joined

@@ -6,10 +6,11 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -63,12 +64,23 @@ class Number(int):
     """An int that knows where it comes from."""
 
     origin: Any
+    compared: ClassVar[list[tuple[Any, Any]]] = []
 
     @classmethod
     def of(cls, value: int, origin: Any) -> Number:
         made = cls(value)
         made.origin = origin
         return made
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Number) and int(self) == int(other):
+            self.compared.append((self.origin, other.origin))
+        return int.__eq__(self, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Number:
         return self
@@ -114,9 +126,11 @@ class Provenance:
     ) -> None:
         self.program, self.shapes = program, shapes
         watch = _Watch()
-        with _remembering(model), torch.no_grad(), watch:
+        Number.compared.clear()
+        with _remembering(model), torch.no_grad(), _transparent(), watch:
             model(*_clones(args), **_clones(kwargs))
         self.calls = watch.calls
+        self._compared = list(Number.compared)
         self.values = self._align()
 
     def _align(self) -> list[int | None]:
@@ -145,6 +159,13 @@ class Provenance:
                     if node is None or _kind(self.program.nodes[node].op.split(".")[1]) != "slice":
                         break
                     yield node, found
+
+    def equal(self) -> Iterator[tuple[Attribute, Origin]]:
+        """What the code compared with an attribute and found equal."""
+        for a, b in self._compared:
+            for one, other in ((a, b), (b, a)):
+                if isinstance(one, Attribute):
+                    yield one, self._resolved(other)
 
     def _resolved(self, origin: Any) -> Origin:
         if isinstance(origin, _Seen):
@@ -258,6 +279,23 @@ class _Watch(TorchFunctionMode):
             return list(shape)
         number, item = call
         return [Number.of(n, _Seen(number, item, axis)) for axis, n in enumerate(shape)]
+
+
+@contextmanager
+def _transparent() -> Iterator[None]:
+    """Functions of torch that are written in Python are looked into, not seen as one call; without fused attention."""
+    names = [name for name in vars(F) if name.startswith("has_torch_function")]
+    before = {name: getattr(F, name) for name in names}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for name in names:
+            setattr(F, name, lambda *_: False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(F, name, function)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager
