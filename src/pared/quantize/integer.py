@@ -189,8 +189,7 @@ class Integer(Technique):
         n_groups = scale.shape[1]
         if codes.ndim < 2 or (n_groups > 1 and codes.ndim > 2):
             return None
-        # integer kernels expect scales above zero; the codes of 7 bits or fewer can change their sign
-        if self.bits < 8:
+        if self.bits < 8 and n_groups == 1:  # integer kernels expect scales above zero
             spread = scale.reshape(()) if scale.numel() == 1 else from_rows(decoder.spread(), decoder.shape, decoder.axis)
             codes, scale = torch.where(spread < 0, -codes, codes), scale.abs()
         bits = 4 if codes.numel() and int(codes.min()) >= -8 and int(codes.max()) <= 7 else 8

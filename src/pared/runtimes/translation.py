@@ -14,6 +14,7 @@ OPSET = 21
 """The first with scales for groups of weights and with 4-bit integers."""
 UINT8, INT32 = 2, 6
 """ONNX's numbers of the types."""
+DOMAIN = "pared.lowered"
 _RESHAPING = ("Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
 _PRODUCTS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
@@ -34,9 +35,11 @@ def table(opset: int) -> dict[Any, Callable[..., Any]]:
             raise ExportError(f"scales for groups of weights need ONNX's opset {OPSET} or newer, got {opset}; leave it out")
         return op.DequantizeLinear(codes, scale, zero_point, axis=axis, **({"block_size": group} if group else {}))
 
+    # under a name of its own until `tidy_`: the exporter would compute the Gather and store its result
+    later = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), "Lookup", _schema())
+
     def lookup(table: Any, codes: Any) -> Any:
-        indices: Any = op.Cast(codes, to=INT32)
-        return op.Gather(table, indices)
+        return later(table, codes)
 
     operators = torch.ops.pared
     return {
@@ -46,6 +49,16 @@ def table(opset: int) -> dict[Any, Callable[..., Any]]:
     }
 
 
+def _schema() -> Any:
+    """What the exporter wants to know of an operator that ONNX has not."""
+    from onnx.defs import OpSchema
+
+    given = [OpSchema.FormalParameter("table", "T"), OpSchema.FormalParameter("codes", "I")]
+    types = [("T", ["tensor(float)"], ""), ("I", ["tensor(uint8)"], "")]
+    result = [OpSchema.FormalParameter("value", "T")]
+    return OpSchema("Lookup", DOMAIN, 1, inputs=given, outputs=result, type_constraints=types)
+
+
 def tidy_(model: Any) -> None:
     """Rewrite the graph in place.
 
@@ -53,6 +66,10 @@ def tidy_(model: Any) -> None:
     is quantized, too, or in 4-bit matrix products. Elsewhere the runtime would dequantize them again in every call, since
     it folds no DequantizeLinear; a Cast and a Mul give the same numbers and are folded when the file is opened.
     """
+    for node in list(model.graph):
+        if node.domain == DOMAIN:
+            _gather(model, node)
+    model.opset_imports.pop(DOMAIN, None)
     for node in list(model.graph):
         if node.op_type == "Transpose":
             _transpose(model, node)
@@ -100,6 +117,25 @@ def _has_integers(product: Any, weight: Any) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
+def _gather(model: Any, node: Any) -> None:
+    """Cast and Gather in the place of a lookup."""
+    import onnx_ir as ir
+
+    table, codes = node.inputs
+    cast = ir.node("Cast", [codes], {"to": ir.DataType.INT32})
+    _replace(model, node, [cast, ir.node("Gather", [table, cast.outputs[0]])])
+
+
+def _replace(model: Any, node: Any, nodes: list[Any]) -> None:
+    """Put nodes in the place of one; the output of the last is that of the one."""
+    model.graph.insert_before(node, nodes)
+    old, new = node.outputs[0], nodes[-1].outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = f"{old.name}_before"
+    old.replace_all_uses_with(new)
+    model.graph.remove(node, safe=True)
+
+
 def _unfold(model: Any, node: Any) -> None:
     """Cast and Mul in the place of a DequantizeLinear."""
     import onnx_ir as ir
@@ -114,13 +150,7 @@ def _unfold(model: Any, node: Any) -> None:
         scale = scale.reshape([-1 if place == axis else 1 for place in range(codes.ndim)])
     factor = _kept(model, f"{node.outputs[0].name}_scale", scale)
     cast = ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT})
-    product = ir.node("Mul", [cast.outputs[0], factor])
-    model.graph.insert_before(node, [cast, product])
-    old, new = node.outputs[0], product.outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    old.name = f"{old.name}_before"
-    old.replace_all_uses_with(new)
-    model.graph.remove(node, safe=True)
+    _replace(model, node, [cast, ir.node("Mul", [cast.outputs[0], factor])])
 
 
 def _transpose(model: Any, node: Any) -> None:
