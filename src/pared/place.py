@@ -14,7 +14,7 @@ from pared import registry
 from pared.cut import Coordinates, Cut, CutStructure
 from pared.errors import InputError
 from pared.record import Record, attach_, record_of
-from pared.site import Decoded, Site, duplicate, install_
+from pared.site import Decoded, Site, duplicate, install_, network_site
 from pared.statistics import Statistics
 from pared.task import Task
 from pared.technique import Cost, Edit, Option, Structure, Technique, build
@@ -73,6 +73,8 @@ def apply(
     program = None
     for number, item in enumerate(techniques):
         if item.kind == "network":
+            if reason := item.refuse(network_site(twin)):  # before anything is observed
+                raise InputError(f"{item} must change something, but it changes nothing: {reason}")
             statistics = observe(twin, task, [item], carried)
         elif statistics is None:  # what is read stays true until the network itself is changed
             following = itertools.takewhile(lambda later: later.kind not in _OF_ALL, techniques[number + 1 :])

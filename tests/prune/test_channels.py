@@ -124,7 +124,7 @@ def test_rounds_end_at_the_planned_network(perceptron):
     recipe = {"steps": [{"prune.channels": {"keep": KEEP}, "train": {"epochs": 4, "rounds": 2}}]}
     result = pared.compress(perceptron.model, perceptron.task, recipe, macs="3x")
     assert result.met and result.before.macs / result.after.macs >= 3
-    assert len(result.data["training"]) == 4
+    assert [trial["epochs"] for trial in result.data["trials"]] == [0, 4]
 
 
 def test_protected_layers_stay_whole(perceptron):

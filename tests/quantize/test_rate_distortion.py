@@ -186,3 +186,12 @@ def test_the_loops_stay_within_their_arrays_under_bounds_checks(monkeypatch):
     monkeypatch.setattr(rate_distortion, "_compiled_tile", lambda: checked)
     found = RateDistortion(slope=1e-3).solve(site, statistics)[1]
     assert torch.equal(found.codes, expected.codes)
+
+
+def test_decoders_built_for_shapes_alone_leave_later_ones_whole():
+    """What is built on the meta device first must not be handed to a network with values."""
+    technique = RateDistortion(slope=1e-4)
+    site = Site.of(nn.Linear(8, 4), "weight")
+    with torch.device("meta"):
+        technique.build(site.on_meta(), technique.structure_type())
+    assert technique.build(site, technique.structure_type())().device.type == "cpu"

@@ -185,7 +185,7 @@ class Channels:
         found = []
         for axis, label in enumerate(self.axes.labels[value] or ()):
             for array in self.axes.ids.factors(*label) if isinstance(label, tuple) and axis else ():
-                numbers = np.array([self._number.get(root, -1) for root in array.tolist()])
+                numbers = np.where(array >= 0, self._number[array], -1)
                 for number in np.unique(numbers[numbers >= 0]).tolist():
                     order = {root: channel for channel, root in enumerate(self._members[number].tolist())}
                     channels = np.array([order.get(root, -1) for root in array.tolist()])
@@ -238,9 +238,9 @@ class Channels:
                 self._relate(self.axes.ids.factors(*axis), n, origin)
         for axis, _, origin in relations:
             if isinstance(origin, Extent):
-                other = self._axis(origin) or ()
-                if not self._as_long(axis, other):
-                    self.axes.ids.same(axis, other, "the code takes its size from that of what stays")
+                whole = self._axis(origin) or ()
+                if not self._as_long(axis, whole):
+                    self.axes.ids.same(axis, whole, "the code takes its size from that of what stays")
         for attribute, origin in provenance.equal():
             if axis := self._axis(origin):
                 self._keeps(attribute, axis)
@@ -269,7 +269,7 @@ class Channels:
             arrays = self.axes.ids.factors(*axis)
             rows = np.sort(np.stack(arrays, 1), 1) if arrays else np.zeros((0, 0), np.int64)
             found.append(rows[np.lexsort(rows.T)] if len(rows) else rows)
-        return np.array_equal(*found)
+        return np.array_equal(found[0], found[1])
 
     def _axis(self, origin: Origin) -> Factors | None:
         """The axis whose size a number is; (): one that stays; None: not known."""

@@ -69,7 +69,7 @@ class Channels(Technique):
     heads: bool = Field(default=False, description="of attention, remove whole heads instead of the same slots of every head")
 
     def wants(self, statistic: type) -> bool:
-        return statistic is not Responses or self.importance in _OF_RESPONSES
+        return super().wants(statistic) and (statistic is not Responses or self.importance in _OF_RESPONSES)
 
     def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:
         found = list(super().sites(model, graph))
@@ -144,7 +144,8 @@ class Channels(Technique):
             return np.argsort(sum(use.scores() for use in uses), kind="stable")
         score = np.zeros(group.n)
         for piece in group.slices:
-            value = site.tensor_at(piece.path).detach().double().movedim(piece.axis, 0).flatten(1)
+            value = site.tensor_at(piece.path).detach().double().movedim(piece.axis, 0)
+            value = value.reshape(len(value), -1)
             mine = piece.channel >= 0
             if self.importance == "batch_norm":
                 if value.shape[1] == 1 and piece.path.endswith("weight") and value.ndim == 2:

@@ -374,7 +374,6 @@ def _compiled_tile() -> Any:
     return numba.njit(_tile, cache=True)
 
 
-@cache
 def _powers() -> Tensor:
     """2^(e / 4) for e = -128 ... 127: quarter powers as stored constants, so that every machine decodes the same."""
     quarter = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
