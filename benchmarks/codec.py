@@ -94,7 +94,7 @@ def efficientnet_lite0() -> Case:
         same = [(other(x).argmax(1) == y).double() for x, y in zip(inputs, expected, strict=True)]
         return 100 * float(torch.cat(same).mean())
 
-    slopes = [2e-9 * 2.5**k for k in range(6)]
+    slopes = [2e-12 * 3**k for k in range(7)]
     return Case(net, task, agreement, "agreement with the original, %", (97.0, 95.0, 90.0), slopes, [-30, -27, -24, -21])
 
 
