@@ -242,8 +242,8 @@ class Channels:
                 if not self._as_long(axis, whole):
                     self.axes.ids.same(axis, whole, "the code takes its size from that of what stays")
         for attribute, origin in provenance.equal():
-            if axis := self._axis(origin):
-                self._keeps(attribute, axis)
+            if equal := self._axis(origin):
+                self._keeps(attribute, equal)
 
     def _guesses(self, size: Size) -> bool:
         """Whether an attribute that no call was seen to be given could be this size."""
