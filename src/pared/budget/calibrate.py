@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pared.budget.products import Product, Rows, product_of
 from pared.errors import InputError
-from pared.graph import Node, Operand, Program, interpret, trace
+from pared.graph import Interpreted, Node, Operand, Program, trace
 from pared.graph.operators import find
 from pared.graph.program import Dynamic
 from pared.site import tensor_sites
@@ -77,17 +77,6 @@ def gather(
     return calibration.run(progress or (lambda event: None))
 
 
-class _Interpreted(nn.Module):
-    """Runs a program op by op in the place of its model."""
-
-    def __init__(self, program: Program, root: nn.Module, observe: Callable[..., Any]) -> None:
-        super().__init__()
-        self.program, self.root, self.observe = program, root, observe
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return interpret(self.program, self.root, args, kwargs, self.observe)
-
-
 class _Calibration:
     def __init__(
         self, model: nn.Module, task: Task, program: Program, batches: list[Batch], seed: int, thrifty: bool
@@ -127,7 +116,7 @@ class _Calibration:
         self.weights = [] if task.classifies else _weights(model, task, batches[0])
 
     def run(self, progress: Progress) -> Statistics:
-        twin = _Interpreted(self.program, self.root, self._observe).eval()
+        twin = Interpreted(self.program, self.root, self._observe).eval()
         self._scout(twin)
         for batch in self.batches:
             for part in self._parts(batch):

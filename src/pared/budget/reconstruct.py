@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.budget.products import Product, product_of
-from pared.graph import Node, Operand, Program, interpret
+from pared.graph import Interpreted, Node, Operand, Program
 from pared.site import duplicate
 from pared.task import Batch, Task
 
@@ -79,17 +79,8 @@ def reconstruct_(
     return n_refitted
 
 
-class _Interpreted(nn.Module):
-    def __init__(self, program: Program, root: nn.Module, observe: Callable[..., Any]) -> None:
-        super().__init__()
-        self.program, self.root, self.observe = program, root, observe
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return interpret(self.program, self.root, args, kwargs, self.observe)
-
-
 def _run(task: Task, program: Program, root: nn.Module, batch: Batch, observe: Callable[..., Any]) -> None:
-    task.outputs(_Interpreted(program, root, observe).eval(), batch)
+    task.outputs(Interpreted(program, root, observe).eval(), batch)
 
 
 def _whole_batch(task: Task) -> Batch | None:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pared.budget.products import product_of
-from pared.graph import Node, Operand, Ref, interpret
+from pared.graph import Interpreted, Node, Operand, Ref
 from pared.graph.channels import Channels
 from pared.site import duplicate
 from pared.statistics import Responses
@@ -50,7 +49,7 @@ class _Gathering:
     def run(self) -> dict[str, Responses]:
         for batch in self.task.calibration(N_EXAMPLES):
             self.seen.clear()
-            twin = _Interpreted(self.graph, self.root, self._observe)
+            twin = Interpreted(self.graph.program, self.root, self._observe)
             self.n_examples += batch_size(batch)
             self.task.batch_loss(self.task.outputs(twin, batch), batch).backward()
         return {
@@ -91,15 +90,6 @@ class _Gathering:
                     np.add.at(self.sums[group][key], channels[mine], rows.double().cpu().numpy()[mine])
 
         value.register_hook(see)
-
-
-class _Interpreted(torch.nn.Module):
-    def __init__(self, graph: Channels, root: torch.nn.Module, observe: Callable[..., Any]) -> None:
-        super().__init__()
-        self.graph, self.root, self.observe = graph, root, observe
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return interpret(self.graph.program, self.root, args, kwargs, self.observe)
 
 
 def _is_product(op: str) -> bool:

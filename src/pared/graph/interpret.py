@@ -114,6 +114,18 @@ def interpret(program: Program, root: nn.Module, args: tuple[Any, ...], kwargs: 
         return rebuild(program.outputs, values)
 
 
+@final
+class Interpreted(nn.Module):
+    """Runs a program op by op in the place of its model, for whoever calls models; see `interpret`."""
+
+    def __init__(self, program: Program, root: nn.Module, observe: Observe) -> None:
+        super().__init__()
+        self.program, self.root, self.observe = program, root, observe
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return interpret(self.program, self.root, args, kwargs, self.observe)
+
+
 def watch(
     program: Program,
     root: nn.Module,
