@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -58,6 +58,8 @@ choices = st.lists(st.tuples(numbers, numbers, numbers, numbers), min_size=1, ma
 
 
 @settings(max_examples=60, deadline=None)
+@example(sites=[[(0, 0, 0, 1)]], joint=[], measures=["stored_bits", "macs"], fraction=4.1e-65)
+@example(sites=[[(0, 0, 0, 1)]], joint=[], measures=["stored_bits", "macs"], fraction=2.2e-309)
 @given(
     sites=st.lists(choices, min_size=1, max_size=4),
     joint=st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=2),

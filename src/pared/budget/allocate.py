@@ -418,7 +418,9 @@ class _Program:
         self.cover = sparse.csc_array((np.ones(len(entries)), tuple(zip(*entries))), shape=(len(rows), len(columns)))
         limits = np.array(list(budgets.values()))
         scale = np.where(limits > 0, limits, 1.0)
-        self.cost = np.array([[getattr(options[i].cost, n) for i in columns] for n in budgets]) / scale[:, None]
+        cost = np.array([[getattr(options[i].cost, n) for i in columns] for n in budgets])
+        # what is far above a budget by itself is never chosen: twice the budget says so without overflow
+        self.cost = np.divide(cost, scale[:, None], out=np.full(cost.shape, 2.0), where=cost <= 2 * scale[:, None])
         self.limit = limits / scale
         self.damage = np.array([options[i].damage for i in columns])
         bits = np.array([options[i].cost.stored_bits for i in columns])
