@@ -99,6 +99,12 @@ def test_an_id_that_would_hold_itself_is_frozen_with_its_parts():
     ids.union(ids.compose(left, right), left)
     assert all(ids.reason(int(r)) for r in ids.find(np.concatenate([left, right])))
 
+    older, left, right = ids.new(1), ids.new(1), ids.new(1)
+    ids.union(older, ids.compose(left, right))
+    ids.union(older, left)
+    assert all(ids.reason(int(r)) for r in ids.find(np.concatenate([older, left, right])))
+    assert len(ids.factors(older)) == 1
+
 
 def test_concatenated_axes_are_taken_apart_at_the_same_places():
     ids = Ids()

@@ -72,6 +72,7 @@ class Ids:
             high, first = np.unique(np.maximum(a, b), return_index=True)
             self._parent[high] = np.minimum(a, b)[first]
             todo += [(a, b), *self._inherit(high)]
+            self._open(high)
 
     def _inherit(self, merged: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """What was known of ids that have just got another representative; gives the unions that follow."""
@@ -93,13 +94,27 @@ class Ids:
                 self.freeze(np.array([root]), self._reason[old])
         return found
 
+    def _open(self, merged: np.ndarray) -> None:
+        """What became a part of itself stays, with its parts."""
+        roots = np.unique(self.find(merged))
+        for root in roots[self._left[roots] >= 0].tolist():
+            parts = np.array([self._left[root], self._right[root]])
+            if any(self._holds(part, root) for part in parts.tolist()):
+                self._left[root] = self._right[root] = NONE
+                self.freeze(np.append(parts, root), "its positions are tied to one another")
+
     def _holds(self, part: int, whole: int) -> bool:
-        root = int(self.find(np.array([part]))[0])
-        if root == whole:
-            return True
-        return bool(self._left[root] >= 0) and (
-            self._holds(int(self._left[root]), whole) or self._holds(int(self._right[root]), whole)
-        )
+        """Whether a part is the whole, or has it among its own parts."""
+        seen: set[int] = set()
+        todo = [part]
+        while todo:
+            root = int(self.find(np.array([todo.pop()]))[0])
+            if root == whole:
+                return True
+            if root not in seen and self._left[root] >= 0:
+                todo += [int(self._left[root]), int(self._right[root])]
+            seen.add(root)
+        return False
 
     def freeze(self, ids: np.ndarray, reason: str) -> None:
         """These channels stay; the first reason counts."""
