@@ -125,15 +125,16 @@ def kill(found: Any) -> list[tuple[str, str]]:
 
 
 def strangers(found: Any) -> list[tuple[str, str]]:
-    nets = found["nets"]
+    tried = found["nets"]
+    nets = [net for net in tried if "error" not in net]
     n_met = sum(net["met"] for net in nets)
     n_same = sum(net["largest_difference_without_class"] <= 1e-5 for net in nets)
     worst = max(net["drop_pp"]["value"] for net in nets)
-    names = ", ".join(net["net"].replace("_", " ") for net in nets)
+    names = ", ".join(net["net"].replace("_", " ") for net in tried)
     return [
         (
             f"Networks that nothing was tuned for ({names}): 8x, drop at most 1",
-            f"{n_met} of {len(nets)} met on validation data, worst drop on test data {worst:.2f}; {n_same} give the same outputs "
+            f"{n_met} of {len(tried)} met on validation data, worst drop on test data {worst:.2f}; {n_same} give the same outputs "
             "without their source",
         )
     ]
