@@ -261,11 +261,3 @@ def to_entry(technique: Technique) -> dict[str, Any]:
     if isinstance(technique, Chain):
         return {"chain": [to_entry(link) for link in technique.techniques]}
     return {technique.name: technique.model_dump(exclude_defaults=True)}
-
-
-def from_entry(entry: dict[str, Any], where: str = "recipe") -> Technique:
-    """The inverse of `to_entry`."""
-    found = _candidates(entry, where)
-    if len(found) != 1:
-        raise RecipeError(f"one technique must be named, got a choice of {len(found)} ({where})")
-    return found[0]

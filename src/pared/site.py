@@ -30,7 +30,6 @@ class Site:
             each other.
         positions: at how many positions (pixels, time steps) per example the weight is applied; 0 if unknown.
             MACs of a dense weight = positions * numel.
-        relaxed: the trainable stand-in that trained this site, if there was one.
         group: of a channels site; None where the site comes from a file.
     """
 
@@ -39,7 +38,6 @@ class Site:
     kind: Literal["tensor", "module", "channels"]
     covers: tuple[str, ...]
     positions: float = 0.0
-    relaxed: nn.Module | None = field(default=None, repr=False)
     group: Group | None = field(default=None, repr=False)
 
     @classmethod
@@ -124,9 +122,6 @@ class Site:
         """
         shell = _shell(self.owner, self.name, value)
         return Site(shell, (self.name,), "tensor", (self.name,), self.positions)
-
-    def with_relaxed(self, relaxed: nn.Module | None) -> Site:
-        return replace(self, relaxed=relaxed)
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
