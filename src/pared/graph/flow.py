@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import TraceError
-from pared.graph.trace import _OpaqueRecurrence, _undisturbed
+from pared.graph.substitutes import Substitutes
+from pared.graph.trace import _undisturbed
 from pared.statistics import Flow, Operation, Port
 
 _SAME = ("alias", "detach", "lift_fresh_copy", "contiguous", "clone", "dropout", "feature_dropout", "alpha_dropout")
@@ -25,7 +26,7 @@ def flow_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     """
     with _undisturbed(model):
         try:
-            with _OpaqueRecurrence():
+            with Substitutes():
                 exported = torch.export.export(model, args, dict(kwargs or {}), strict=False)
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -13,11 +13,11 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pared.errors import ArtifactError, InputError, ParedError, TraceError
 from pared.graph.exported import Aliased, Graph, Symbols, named_state, numbered, remove_dropout
 from pared.graph.program import UNSUPPLIED, Dynamic, Input, Parameter, Program, Slot, map_leaves
+from pared.graph.substitutes import Substitutes
 
 AxisKey = int | str | tuple[int | str, ...]
 
@@ -370,7 +370,7 @@ def _traced(model: nn.Module, call: _Call, attempt: _Attempt, expected: _Outputs
     flat = _Flat(model, call, recorded.append)
     spec = tuple({axis: torch.export.Dim.AUTO for axis in axes} or None for axes in attempt.free)
     try:
-        with _OpaqueRecurrence(), contextlib.redirect_stderr(io.StringIO()):  # a failed export prints its graph
+        with Substitutes(), contextlib.redirect_stderr(io.StringIO()):  # a failed export prints its graph
             exported = torch.export.export(
                 flat, tuple(t.clone() for t in attempt.tensors), dynamic_shapes={"tensors": spec}, strict=False
             )
@@ -457,49 +457,3 @@ def _works_for_one(
     except TraceError:
         return False
     return True
-
-
-# Export unrolls recurrent operators over time to find their shapes, which is slow and fixes the length. Under these
-# names they stay whole.
-
-_LIBRARY = torch.library.Library("pared", "FRAGMENT")
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-def _recurrent_shapes(
-    x: Tensor, hx: Tensor | list[Tensor], params: list[Tensor], has_biases: bool, num_layers: int, dropout: float,
-    train: bool, bidirectional: bool, batch_first: bool,
-) -> Any:  # fmt: skip
-    hidden = hx if isinstance(hx, Tensor) else hx[0]
-    batch, length = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-    if hidden.shape[1] != batch or hidden.shape[0] != num_layers * (2 if bidirectional else 1):
-        raise RuntimeError(f"the state of a recurrent layer does not fit: {tuple(hidden.shape)}")
-    out = x.new_empty((length, batch, hidden.shape[2] * (2 if bidirectional else 1)))
-    out = out.transpose(0, 1) if batch_first else out
-    return (out, *(h.new_empty(h.shape) for h in ([hx] if isinstance(hx, Tensor) else hx)))
-
-
-for _name in _RECURRENT:
-    _hx, _results = ("Tensor[]", "Tensor, Tensor, Tensor") if _name == "lstm" else ("Tensor", "Tensor, Tensor")
-    _LIBRARY.define(
-        f"{_name}(Tensor input, {_hx} hx, Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, "
-        f"bool bidirectional, bool batch_first) -> ({_results})"
-    )
-    _LIBRARY.impl(_name, _recurrent_shapes, "Meta")
-
-
-class _OpaqueRecurrence(TorchFunctionMode):
-    """Puts the opaque names in place of torch's recurrent operators (packed sequences aside)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = {getattr(torch._VF, name): name for name in _RECURRENT}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            name = self.names.get(func)
-        except TypeError:  # unhashable
-            name = None
-        if name is not None and isinstance(args[2], list | tuple) and not kwargs:
-            return getattr(torch.ops.pared, name)(*args)
-        return func(*args, **(kwargs or {}))
