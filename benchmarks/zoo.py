@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import copy
 import json
 import multiprocessing
 import tempfile
@@ -37,6 +36,7 @@ from pared.budget.channels import Removal, masks
 from pared.graph.channels import Channels, difference
 from pared.place import everywhere
 from pared.record import Record, attach_
+from pared.site import duplicate
 from pared.sources.torchvision_schemas import declare_missing_schemas
 from pared.statistics import Statistics
 from pared.testing.zeroing import zeroed
@@ -197,7 +197,7 @@ def one(name: str) -> dict[str, Any]:
 
     start = time.perf_counter()
     options, _ = everywhere(model, prune.Channels(keep=0.5, importance="l1"), Statistics(), graph)
-    small = copy.deepcopy(model)
+    small = duplicate(model)
     edits = Removal(small, graph, None).remove_(options)
     row["seconds"]["prune"] = time.perf_counter() - start
     row["after"] = {"parameters": n_parameters(small), "macs": macs_of(small, args, kwargs)}

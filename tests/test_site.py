@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pared.errors import InputError
 from pared.quantize import Integer
-from pared.site import Decoded, Site, hold_, install_, module_sites, plain, tensor_sites
+from pared.site import Decoded, Site, duplicate, hold_, install_, module_sites, plain, tensor_sites
 from pared.statistics import Statistics
 
 
@@ -351,3 +351,11 @@ def test_plain_can_be_exported(name: str) -> None:
         program = torch.export.export(plain(model), (x,))
         assert torch.allclose(program.module()(x), model(x), atol=1e-5)
     assert not any("parametrizations" in path for path in program.state_dict)
+
+
+def test_a_model_that_keeps_computed_tensors_is_copied():
+    model = nn.Linear(3, 2)
+    model.kept = {"cpu": model.weight * 2}
+    twin = duplicate(model)
+    assert torch.equal(twin.kept["cpu"], model.kept["cpu"]) and twin.kept["cpu"].is_leaf
+    assert twin.weight is not model.weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import platform
 import tempfile
@@ -23,6 +22,7 @@ from pared.budget.allocate import curve
 from pared.job import Job
 from pared.measurement import Measurement
 from pared.search import Search, margin
+from pared.site import duplicate
 from pared.task import batch_size
 from pared.technique import value_at
 from pared.trials import Trial
@@ -156,7 +156,7 @@ def _predicted_measured(best: Trial, job: Job, most: int = 48) -> list[dict[str,
     chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:most]
     batches = damage.held_out(job.task, 64)
     references = damage.references(best.way.model, job.task, batches)
-    twin = copy.deepcopy(best.way.model)
+    twin = duplicate(best.way.model)
     rows = []
     for option in chosen:
         if option.technique is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -118,7 +117,7 @@ class Search:
             yield Way(levels, found, model, statistics, 0.0 if graph else fixed_bits(model, covered), macs, graph)
             return
         for chosen in _levels(found) if graph is None else self._cut_levels(found, graph, macs):
-            twin = copy.deepcopy(model)
+            twin = duplicate(model)
             if graph is None:
                 grown = statistics.copy()
                 place(twin, chosen, grown)

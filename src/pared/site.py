@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from pared.cut import Cut, Group
 from pared.errors import InputError
@@ -324,10 +325,11 @@ def _recode_(model: nn.Module, coded: Mapping[str, nn.Module]) -> set[int]:
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, also where hooks have left computed weights in attributes, which torch refuses to copy."""
+    """A deep copy, also where a forward or a hook has left computed tensors in attributes, which torch refuses to copy."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for item in vars(module).values():
+        own = {name: item for name, item in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
+        for item in pytree.tree_leaves(own):
             if isinstance(item, Tensor) and not item.is_leaf:
                 memo[id(item)] = item.detach().clone()
     return copy.deepcopy(model, memo)

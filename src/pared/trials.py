@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 import time
@@ -133,7 +132,7 @@ class Trials:
         """Do what the plan says, with training or without, and see what comes of it."""
         number = len(self.done) + 1
         start = time.perf_counter()
-        model = copy.deepcopy(self.job.base)
+        model = duplicate(self.job.base)
         edits = list(self.job.bakes)
         history: list[dict[str, Any]] = []
         statistics = self.statistics.copy()

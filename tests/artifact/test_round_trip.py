@@ -348,3 +348,24 @@ def test_package_level_names(make, tmp_path):
         warnings.simplefilter("error")
         pared.save(model, tmp_path / "a.pared")
     assert isinstance(pared.load(tmp_path / "a.pared"), nn.Module)
+
+
+class Shared(nn.Module):
+    """One layer known under two names; the forward reaches the other branch first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.branch = nn.Sequential(nn.LayerNorm(8), self.shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.branch(x)
+        return out
+
+
+def test_a_layer_with_two_names_comes_back_whatever_the_order_in_which_it_is_used(tmp_path):
+    torch.manual_seed(0)
+    model, x = frozen(Shared()), torch.randn(2, 8)
+    pared.save(model, tmp_path / "a.pared", example=(x,))
+    assert torch.equal(pared.load(tmp_path / "a.pared")(x), model(x))
+    assert torch.equal(frozen(pared.load(tmp_path / "a.pared", Shared()))(x), model(x))

@@ -143,3 +143,17 @@ def test_a_damaged_file_is_one_line(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"nothing")
     with pytest.raises(ExportError, match="cannot open m.onnx"):
         runtimes.run(tmp_path / "m.onnx", np.zeros(3))
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_attention_over_windows_is_exported(masked, tmp_path):
+    class Windows(nn.Module):
+        def forward(self, x):
+            q, k, v = x.chunk(3, -1)
+            mask = None if masked is None else torch.ones(5, 5).tril() > 0
+            mask = mask if masked != "float" else torch.where(mask, 0.0, -2.0)
+            return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+    x = torch.randn(2, 3, 4, 5, 12)
+    found = runtimes.export(Windows(), tmp_path / "m.onnx", example=x)
+    assert found.dynamic and found.max_abs_error < 1e-5

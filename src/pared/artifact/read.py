@@ -100,7 +100,8 @@ class Contents:
         entries = self.manifest.entries
         check_total((entry.kind for entry in entries), self.max_bytes)
         self._skeleton = skeleton(entries, self.manifest.edits, device="meta")
-        by_path = {place.path: place for place in places(self._skeleton)}
+        by_path = {path: place for place in places(self._skeleton) for path in place.paths}
+        self._first = {path: place.path for path, place in by_path.items()}
         self.stored: list[tuple[str, Kind]] = []
         self.owners: list[int] = []
         for number, entry in enumerate(entries):
@@ -114,8 +115,8 @@ class Contents:
         self.payloads = reader.streams(len(self.members), len(self.manifest.coders))
 
     def coded(self) -> set[str]:
-        """First paths of the entries that are held in coded form."""
-        return {place.path for place in places(self._skeleton) if isinstance(place.held, Decoded)}
+        """Paths of the entries that are held in coded form."""
+        return {path for place in places(self._skeleton) if isinstance(place.held, Decoded) for path in place.paths}
 
     def arrays(self) -> list[np.ndarray]:
         """The carriers of all stored tensors, in order."""
@@ -133,7 +134,7 @@ class Contents:
         """Plain modules that hold every tensor of the network at its paths, coded ones with their decoders."""
         tensors = self.tensors()
         coded = self.coded()
-        own = {entry.path: tensors[entry.path] for entry in self.manifest.entries if entry.path not in coded}
+        own = {entry.path: tensors[self._first[entry.path]] for entry in self.manifest.entries if entry.path not in coded}
         root = skeleton(self.manifest.entries, self.manifest.edits, own)
         for place in places(root):
             if isinstance(place.held, Decoded):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pared.graph.operators import Ref, find
 from pared.graph.program import Node, Program
 from pared.graph.provenance import Attribute, Combined, Extent, Origin, Provenance
 from pared.graph.trace import trace
+from pared.site import duplicate
 
 TOLERANCE = 1e-4
 """Relative to the largest output: how far the cut model may be from its cut program."""
@@ -462,7 +462,7 @@ class Channels:
         """None, or the module that failed (None: another than can be told) and what it said."""
         self.trials += 1
         masks = {number: _half(self.groups[number].n) for number in numbers}
-        plain = copy.deepcopy(self.model)
+        plain = duplicate(self.model)
         self.cut_(plain, masks, rescale=False)
         try:
             with torch.no_grad():
@@ -472,7 +472,7 @@ class Channels:
             return None, _first_line(error)
         if self.rewrite:
             return None
-        twin = copy.deepcopy(self.model)
+        twin = duplicate(self.model)
         self.cut_(twin, masks)
         stack: list[str] = []
         handles = []
@@ -579,7 +579,7 @@ class Channels:
 
     def rewritten(self, masks: Mapping[int, np.ndarray]) -> ProgramModule:
         """The network without these channels, running its cut program in place of its code; it can be trained and saved."""
-        cut = copy.deepcopy(self.model)
+        cut = duplicate(self.model)
         self.cut_(cut, masks)
         program = self.cut_program(self.going(masks))
         return ProgramModule(program, _held(cut, program), trains=True)

@@ -12,7 +12,7 @@ from pared.errors import ExportError
 
 OPSET = 21
 """The first with scales for groups of weights and with 4-bit integers."""
-UINT8, INT32 = 2, 6
+UINT8, INT32, BOOL = 2, 6, 9
 """ONNX's numbers of the types."""
 DOMAIN = "pared.lowered"
 _RESHAPING = ("Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
@@ -41,8 +41,30 @@ def table(opset: int) -> dict[Any, Callable[..., Any]]:
     def lookup(table: Any, codes: Any) -> Any:
         return later(table, codes)
 
+    def attention(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        """The exporter's own form takes four axes only, and this one any number."""
+        rank = len(query.shape)
+        if rank == 4:
+            return four_axes(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if is_causal or enable_gqa:
+            raise ExportError(f"causal or grouped attention over {rank} axes has no form in ONNX; it needs four axes")
+        transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = op.Mul(op.MatMul(query, transposed), op.Constant(value_float=factor))
+        if attn_mask is not None and attn_mask.dtype == BOOL:
+            scores = op.Where(attn_mask, scores, op.Constant(value_float=float("-inf")))
+        elif attn_mask is not None:
+            scores = op.Add(scores, attn_mask)
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention as four_axes
+
     operators = torch.ops.pared
     return {
+        torch.ops.aten.scaled_dot_product_attention.default: attention,
         operators.quantize.default: quantize,
         operators.dequantize.default: dequantize,
         operators.lookup.default: lookup,
