@@ -178,8 +178,9 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def macs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*args, **kwargs)
+    still = duplicate(model).requires_grad_(False)  # the counter's hooks fail on some parameters that take gradients
+    with FlopCounterMode(display=False) as counter:
+        still(*args, **kwargs)
     return counter.get_total_flops() / 2
 
 
