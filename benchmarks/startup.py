@@ -47,6 +47,7 @@ print(time.perf_counter() - start, time.process_time() - cpu)
 def seconds(code: str, *arguments: str, cache: str | None = None, n: int = 7) -> list[tuple[float, float]]:
     """(by the clock, of the processor) of n processes."""
     environment = {**os.environ, **({"NUMBA_CACHE_DIR": cache} if cache else {})}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     runs = []
     for _ in range(n):
         done = subprocess.run(

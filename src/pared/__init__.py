@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pared.collector import paused
+
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -75,12 +77,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"pared.{name}")
-    else:
-        raise AttributeError(f"module 'pared' has no attribute {name!r}")
+    with paused():
+        if name in _WHERE:
+            value = getattr(importlib.import_module(_WHERE[name]), name)
+        elif name in _ROOMS:
+            value = importlib.import_module(f"pared.{name}")
+        else:
+            raise AttributeError(f"module 'pared' has no attribute {name!r}")
     globals()[name] = value
     return value
 

@@ -17,6 +17,7 @@ from pared.artifact.body import Reader
 from pared.artifact.manifest import Manifest, loads
 from pared.artifact.skeleton import check_decoders, listed, set_cache_, skeleton
 from pared.artifact.tensors import Kind, check_total, digest, from_array, places
+from pared.collector import paused
 from pared.errors import ArtifactError, InputError, ParedError
 from pared.graph import Program
 from pared.record import Record, attach_
@@ -47,7 +48,7 @@ def load(
         InputError: the file cannot be read, or `model` has other tensors than the file; the first that differs is named.
     """
     data = container.read(path)
-    with border(path):
+    with border(path), paused():
         contents = Contents(data, max_bytes)
         if model is None:
             loaded: nn.Module = contents.module(cache)
