@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from pared.cut import Coordinates, Cut, Group, Mend, Slice, cut_, owners_of, sizes_of
 from pared.errors import ParedError
-from pared.graph.axes import PLACES, Axes, Size
+from pared.graph.axes import Axes
+from pared.graph.call import PLACES, Size
 from pared.graph.ids import Factors
 from pared.graph.module import ProgramModule
 from pared.graph.operators import Ref, find
