@@ -20,7 +20,7 @@ import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,11 @@ def macs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return counter.get_total_flops() / 2
 
 
-def one(name: str) -> dict[str, Any]:
+CHECKS = ("save", "load", "onnx", "train")
+
+
+def one(name: str, checks: Sequence[str] = CHECKS) -> dict[str, Any]:
     """Everything about one architecture; what fails has its message in place of a figure."""
-    torch.set_num_threads(1)
     model, args, kwargs = network(name)
     row: dict[str, Any] = {"name": name, "input": list(args[0].shape), "seconds": {}}
     start = time.perf_counter()
@@ -207,7 +209,7 @@ def one(name: str) -> dict[str, Any]:
         row["oracle"] = difference(small(*args, **kwargs), zeroed(graph, gone))
     program = graph.cut_program(graph.going(gone))
     attach_(small, Record(edits=edits, example=(args, kwargs), program=program))
-    finish(row, small, args, kwargs)
+    finish(row, small, args, kwargs, checks)
 
     if not pruned(row):
         reasons: collections.Counter[str] = collections.Counter()
@@ -232,12 +234,12 @@ def rewritten(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     row["before"] = {"parameters": n_parameters(model), "macs": macs_of(model, args, kwargs)}
     with torch.no_grad():
         row["oracle"] = difference(small(*args, **kwargs), zeroed(graph, gone))
-    finish(row, small, args, kwargs)
+    finish(row, small, args, kwargs, CHECKS)
     return row
 
 
-def finish(row: dict[str, Any], small: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Save, load without the class, a training step, ONNX Runtime."""
+def finish(row: dict[str, Any], small: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], checks: Sequence[str]) -> None:
+    """Save, load without the class, ONNX Runtime, a training step: those that are asked for."""
     with torch.no_grad():
         expected = small(*args, **kwargs)
     with tempfile.TemporaryDirectory() as folder:
@@ -273,7 +275,8 @@ def finish(row: dict[str, Any], small: nn.Module, args: tuple[Any, ...], kwargs:
             optimiser.step()
             return sum(p.grad is not None for p in trained.parameters()) / len(list(trained.parameters()))
 
-        for what, work in {"save": save, "load": load, "onnx": onnx, "train": train}.items():
+        works = {"save": save, "load": load, "onnx": onnx, "train": train}
+        for what, work in ((what, works[what]) for what in checks):
             start = time.perf_counter()
             try:
                 row[what] = work() if what != "save" else (work(), path.stat().st_size)[1]
@@ -305,6 +308,7 @@ def run(name: str) -> dict[str, Any]:
 
     def work() -> None:
         warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
         try:
             send.send(one(name))
         except Exception as error:  # any failure is a result
