@@ -269,7 +269,7 @@ def test_a_transposed_convolution_is_a_product_of_its_gradients():
 def test_statistics_of_a_linear_layer_are_the_moments_of_inputs_and_the_count_of_positions():
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Conv1d(5, 3, 2), nn.Flatten(), nn.Linear(9, 3)).eval()
     x = torch.randn(64, 5, 6)
-    statistics = gather(model, task_of(x, size=20))
+    statistics = gather(model, task_of(x, size=20), shrink=False)
     moments = torch.einsum("bpi,bpj->ij", x, x) / 64
     torch.testing.assert_close(statistics.curvature("0.weight").matrix().inputs[0], moments, rtol=1e-4, atol=1e-4)
     assert statistics.positions == {"0.weight": 5.0, "2.weight": 3.0, "4.weight": 1.0}
@@ -278,9 +278,28 @@ def test_statistics_of_a_linear_layer_are_the_moments_of_inputs_and_the_count_of
 def test_a_wide_side_keeps_its_diagonal(monkeypatch):
     monkeypatch.setattr("pared.budget.calibrate.WIDEST", 10)
     model, x = nn.Linear(12, 5), torch.randn(256, 12)
-    term = gather(model, task_of(x)).curvature("weight").matrix()
+    term = gather(model, task_of(x), shrink=False).curvature("weight").matrix()
     assert term.inputs.shape == (1, 12) and term.gradients.shape == (1, 5, 5)
     torch.testing.assert_close(term.inputs[0], x.square().mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_feature_that_half_of_the_data_leave_out_keeps_a_moment():
+    """Two of 40 features are silent in all but the last examples: they must not look free."""
+    model = nn.Sequential(nn.Linear(40, 3))
+    x = torch.randn(64, 40) * torch.logspace(0, -1, 40)
+    x[:, :2] = 0
+    bare = gather(model, task_of(x), shrink=False).curvature("0.weight").matrix().inputs[0]
+    moved = gather(model, task_of(x)).curvature("0.weight").matrix().inputs[0]
+    assert float(bare[0, 0]) == 0 and float(moved[0, 0]) > 1e-3 * float(moved.diagonal().mean())
+    torch.testing.assert_close(moved.trace(), bare.trace())
+
+
+def test_moments_that_two_halves_agree_on_stay():
+    model = nn.Sequential(nn.Linear(6, 3))
+    x = torch.randn(4096, 6) * torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1])
+    bare = gather(model, task_of(x), n_examples=4096, shrink=False).curvature("0.weight").matrix().inputs
+    moved = gather(model, task_of(x), n_examples=4096).curvature("0.weight").matrix().inputs
+    torch.testing.assert_close(moved, bare, rtol=0.02, atol=0.02)
 
 
 def test_sampled_positions_estimate_the_same_moments(monkeypatch):
@@ -348,7 +367,7 @@ def test_a_custom_forward_is_followed():
     model = nn.Sequential(nn.Linear(4, 3))
     batches = [({"features": torch.randn(50, 4), "labels": torch.zeros(50, dtype=torch.long)})]
     task = Task(batches, batches, forward=lambda m, batch: m(batch["features"] * 2))
-    term = gather(model, task).curvature("0.weight").matrix()
+    term = gather(model, task, shrink=False).curvature("0.weight").matrix()
     assert isinstance(term, Kronecker)
     x = 2 * batches[0]["features"]
     torch.testing.assert_close(term.inputs[0], x.T @ x / 50, rtol=1e-4, atol=1e-4)

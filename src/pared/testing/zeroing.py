@@ -62,6 +62,8 @@ def zeroed(graph: Channels, masks: Mapping[int, np.ndarray]) -> Any:
                 plain["scale"] = plain["query"].shape[-1] ** -0.5
             if name in _NORMS and not all(k.all() for k in kept):
                 result: Any = _normalised(operator.function, plain, kept)
+            elif name == "batch_norm" and plain["training"] and not all(k.all() for i, k in enumerate(kept) if i != 1):
+                result = _standardised(operator.function, plain, kept)
             elif name == "group_norm" and not kept[1].all():
                 result = _grouped(operator.function, plain, kept[1])
             else:
@@ -105,6 +107,18 @@ def _normalised(function: Any, plain: dict[str, Any], kept: list[np.ndarray]) ->
         shape = list(result.shape)
         shape[axis] = x.shape[axis]
         result = result.new_zeros(shape).index_copy(axis, index, result)
+    return result
+
+
+def _standardised(function: Any, plain: dict[str, Any], kept: list[np.ndarray]) -> Tensor:
+    """Batch norm over what it is given, as weights are standardised: over the positions that stay."""
+    x = plain["input"]
+    others = [axis for axis in range(x.ndim) if axis != 1]
+    result: Tensor = function(**dict(plain, input=_narrowed(x, kept, others)))
+    for axis in others:
+        if not kept[axis].all():
+            shape = [*result.shape[:axis], x.shape[axis], *result.shape[axis + 1 :]]
+            result = result.new_zeros(shape).index_copy(axis, torch.as_tensor(np.flatnonzero(kept[axis])), result)
     return result
 
 
