@@ -199,9 +199,9 @@ def _step(step: Any, where: str) -> Step:
     if len({technique.kind == "channels" for technique in candidates}) > 1:
         raise RecipeError(f"the candidates of a step must all remove channels, or none of them ({where}); split the step")
     training, losses = _training(step["train"], where) if "train" in step else (None, ())
-    found = Step(tuple(candidates), training, losses)
-    _check_learned(found, where)
-    return found
+    whole = Step(tuple(candidates), training, losses)
+    _check_learned(whole, where)
+    return whole
 
 
 def _check_learned(step: Step, where: str) -> None:
@@ -212,7 +212,8 @@ def _check_learned(step: Step, where: str) -> None:
     if len(names) > 1:
         raise RecipeError(f"{names[0]} learns which channels go and must be alone in its step, got {' and '.join(names)} ({where})")
     if step.training is not None and step.training.rounds > 1:
-        raise RecipeError(f"{names[0]} learns which channels go, all in one round, got rounds {step.training.rounds} ({where}); drop it")
+        rounds = step.training.rounds
+        raise RecipeError(f"{names[0]} learns which channels go, all in one round, got rounds {rounds} ({where}); drop it")
 
 
 def _candidates(entry: Any, where: str) -> list[Technique]:

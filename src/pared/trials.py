@@ -252,11 +252,11 @@ class Trials:
         training, target = self._training(step), self.job.target
         asked = {"macs": target.macs is not None or target.speedup is not None, "bits": target.file_bytes is not None}
         measures = [name for name, is_asked in asked.items() if is_asked] or ["bits"]
-        twin, toll = gated(model, level.graph, level.options, level.found, statistics, measures, exactly=not is_last)
+        twin, gates = gated(model, level.graph, level.options, level.found, statistics, measures, exactly=not is_last)
         trainable_(twin)
         rows = self._train(twin, step, number, 0, training.epochs, training.learning_rate, training.anneal_until)
         absorb_(model, twin)
-        edits = Removal(model, level.graph, self.job.task).remove_(closed(toll, level.graph, level.found))
+        edits = Removal(model, level.graph, self.job.task).remove_(closed(gates, level.graph, level.found))
         trainable_(model)
         return edits, rows + self._tuned(model, step, number)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pared.budget.channels import masks
 from pared.cut import Coordinates, CutStructure, Slice
 from pared.graph.channels import Channels, Load
-from pared.site import duplicate, install_, plain
+from pared.site import duplicate, install_, plain, tensor_sites
 from pared.statistics import Statistics
 from pared.technique import Cost, Option, Technique
 from pared.train.state import state_of
@@ -32,7 +32,7 @@ Limit = tuple[Sequence[Load], float]
 """What the network costs as a function of what the groups keep, and what it may cost at most."""
 
 
-class Toll(nn.Module):
+class Gates(nn.Module):
     """The gates of all groups at one price, which is raised until what they keep costs what was planned.
 
     Each training step has the price at which cost(price) = aim, where the aim comes down from the whole network to the first
@@ -41,7 +41,7 @@ class Toll(nn.Module):
     the lowest scores close for good, until every limit is met; the rest of the training is for those that stay.
 
     Args:
-        gates: by the number of the group, as `Technique.relax` gives them.
+        each: by the number of the group, as `Technique.relax` gives them.
         n_groups: how many groups the network has.
         limits: what has to be met.
         stays: by the number of the group how many channels stay: at least so many, or with `exactly` neither more nor fewer.
@@ -50,13 +50,13 @@ class Toll(nn.Module):
     aim_bits = 1.0
 
     def __init__(
-        self, gates: dict[int, nn.Module], n_groups: int, limits: Sequence[Limit], stays: dict[int, int], exactly: bool
+        self, each: dict[int, nn.Module], n_groups: int, limits: Sequence[Limit], stays: dict[int, int], exactly: bool
     ) -> None:
         super().__init__()
-        self.gates = nn.ModuleList(gates.values())
-        self.numbers, self.n_groups, self.limits = list(gates), n_groups, list(limits)
+        self.each = nn.ModuleList(each.values())
+        self.numbers, self.n_groups, self.limits = list(each), n_groups, list(limits)
         self.stays, self.exactly = stays, exactly
-        for number, gate in gates.items():
+        for number, gate in each.items():
             self.register_buffer(f"open{number}", torch.ones_like(_scores(gate)))
         self.register_buffer("price", torch.zeros((), dtype=torch.float64))
         self.whole = self._cost([1.0] * n_groups)
@@ -74,8 +74,11 @@ class Toll(nn.Module):
             low, high = -_DEAREST, _DEAREST
             for _ in range(_HALVINGS):
                 middle = (low + high) / 2
-                low, high = (middle, high) if float(self._kept_cost(middle)) > self.aim else (low, middle)
+                is_met = float(self._kept_cost(price.new_tensor(middle))) <= self.aim
+                low, high = (low, middle) if is_met else (middle, high)
             price.fill_(high)
+            for gate in self.each:
+                cast(Any, gate).adopt_(price)
             if progress >= 1:
                 self._close_()
 
@@ -83,11 +86,11 @@ class Toll(nn.Module):
         """Called once in every step, after the loss. There is nothing to pay, since the target is kept at every price of
         the loop; the next step gets new draws and a new price."""
         self._price = None
-        for gate in self.gates:
+        for gate in self.each:
             cast(Any, gate).draw_()
         return cast(Tensor, self.price).new_ones(())
 
-    def train(self, mode: bool = True) -> Toll:
+    def train(self, mode: bool = True) -> Gates:
         self._price = None
         return super().train(mode)
 
@@ -95,7 +98,7 @@ class Toll(nn.Module):
 
     def factor(self, number: int) -> Tensor:
         """What the channels of a group are multiplied with; (n,)."""
-        gate = self.gates[self.numbers.index(number)]
+        gate = self.each[self.numbers.index(number)]
         return gate(self._price_now(), self.training and self.progress < 1) * self.mask(number)
 
     def mask(self, number: int) -> Tensor:
@@ -117,25 +120,20 @@ class Toll(nn.Module):
         """The price of this step: a Newton step on cost(price) = aim, through which the gradient sees what a gate costs the
         others."""
         if self._price is None:
-            known = cast(Tensor, self.price).detach().clone()
-            self._price = known
+            self._price = at = cast(Tensor, self.price).clone()
             if self.training and self.progress < 1 and torch.is_grad_enabled():
-                known.requires_grad_(True)
-                cost = self._kept_cost(known)
+                cost = self._kept_cost(at.requires_grad_(True))
                 if isinstance(cost, Tensor) and cost.requires_grad:
-                    (slope,) = torch.autograd.grad(cost, known, retain_graph=True)
-                    at = known.detach()
-                    self._price = at
+                    (slope,) = torch.autograd.grad(cost, at, retain_graph=True)
                     if float(slope) < 0:
-                        self._price = at - (self._kept_cost(at) - self.aim) / slope
+                        self._price = at.detach() - (cost - self.aim) / slope
                         cast(Tensor, self.price).copy_(self._price.detach())
         return self._price
 
-    def _kept_cost(self, price: Any) -> Any:
+    def _kept_cost(self, price: Tensor) -> Any:
         """What the network costs with what the gates keep at a price."""
         shares: list[Any] = [1.0] * self.n_groups
-        price = torch.as_tensor(price, dtype=torch.float64)
-        for number, gate in zip(self.numbers, self.gates):
+        for number, gate in zip(self.numbers, self.each):
             shares[number] = cast(Any, gate).kept(price).double().mean()
         return self._cost(shares)
 
@@ -148,7 +146,7 @@ class Toll(nn.Module):
         """Channels of all groups in one order, the lowest score first: as many go as must, and those that are shut already."""
         order: list[tuple[float, int, int]] = []
         least = 0
-        for number, gate in zip(self.numbers, self.gates):
+        for number, gate in zip(self.numbers, self.each):
             scores = _scores(gate).cpu()
             shut = (gate(cast(Tensor, self.price), False) == 0).cpu()
             for channel in scores.argsort(stable=True).tolist()[: len(scores) - self.stays[number]]:
@@ -179,9 +177,9 @@ def _scores(gate: nn.Module) -> Tensor:
 class Gated(nn.Module):
     """A tensor that is seen with its channels multiplied by what their gates let through."""
 
-    def __init__(self, weight: nn.Parameter, toll: Toll, pieces: Sequence[tuple[int, Slice]]) -> None:
+    def __init__(self, weight: nn.Parameter, gates: Gates, pieces: Sequence[tuple[int, Slice]]) -> None:
         super().__init__()
-        self.weight, self.toll = weight, toll
+        self.weight, self.gates = weight, gates
         self.places = [(number, piece.axis) for number, piece in pieces]
         for k, (_, piece) in enumerate(pieces):
             self.register_buffer(f"channel{k}", torch.as_tensor(piece.channel, device=weight.device), persistent=False)
@@ -189,7 +187,7 @@ class Gated(nn.Module):
     def forward(self) -> Tensor:
         value: Tensor = self.weight
         for k, (number, axis) in enumerate(self.places):
-            factor = self.toll.factor(number)
+            factor = self.gates.factor(number)
             factor = torch.cat([factor, factor.new_ones(1)])[getattr(self, f"channel{k}")]  # what belongs to no channel is last
             shape = [1] * value.ndim
             shape[axis] = -1
@@ -205,7 +203,7 @@ def gated(
     statistics: Statistics,
     measures: Sequence[str],
     exactly: bool,
-) -> tuple[nn.Module, Toll]:
+) -> tuple[nn.Module, Gates]:
     """A copy of the model with a gate for every group that any option is about.
 
     Args:
@@ -231,30 +229,30 @@ def gated(
     if exactly:
         first = {number: option for number, option in first.items() if number in planned}
         stays = {number: int((~planned[number]).sum()) for number in first}
-    gates: dict[int, nn.Module] = {}
+    each: dict[int, nn.Module] = {}
     for number, option in first.items():
         relaxed = cast(Technique, option.technique).relax(replace(option.site, root=twin), option.structure, statistics)
         if relaxed is not None:
-            gates[number] = relaxed
+            each[number] = relaxed
     loads: dict[str, Callable[[], list[Load]]] = {"macs": graph.loads, "bits": graph.weights}
     costs = {"macs": graph.macs, "bits": graph.bits}
-    toll = Toll(gates, len(graph.groups), [(loads[name](), costs[name](planned)) for name in measures], stays, exactly)
-    _install_(twin, toll)
-    return twin, toll
+    gates = Gates(each, len(graph.groups), [(loads[name](), costs[name](planned)) for name in measures], stays, exactly)
+    _install_(twin, gates)
+    return twin, gates
 
 
-def _install_(model: nn.Module, toll: Toll) -> None:
+def _install_(model: nn.Module, gates: Gates) -> None:
     """Every tensor with channels behind gates is decoded through them from now on."""
-    from pared.site import tensor_sites
-
-    pieces: dict[str, list[tuple[int, Slice]]] = {}
-    for number, gate in zip(toll.numbers, toll.gates):
-        for piece in cast(Any, gate).pieces:
-            pieces.setdefault(piece.path, []).append((number, piece))
     sites = {path: site for site in tensor_sites(model, buffers=False) for path in site.paths}
+    pieces: dict[str, dict[tuple[int, int], Slice]] = {}
+    for number, gate in zip(gates.numbers, gates.each):
+        for piece in cast(Any, gate).pieces:
+            if piece.path in sites:
+                pieces.setdefault(sites[piece.path].path, {})[number, piece.axis] = piece
     for path, own in pieces.items():
         site = sites[path]
-        install_(site, Gated(cast(nn.Parameter, site.owner._parameters[site.name]), toll, own), cache=False)
+        weight = cast(nn.Parameter, site.owner._parameters[site.name])
+        install_(site, Gated(weight, gates, [(number, piece) for (number, _), piece in own.items()]), cache=False)
 
 
 def absorb_(model: nn.Module, twin: nn.Module) -> None:
@@ -265,10 +263,10 @@ def absorb_(model: nn.Module, twin: nn.Module) -> None:
             tensor.copy_(shown[path])
 
 
-def closed(toll: Toll, graph: Channels, found: Sequence[Option]) -> list[Option]:
+def closed(gates: Gates, graph: Channels, found: Sequence[Option]) -> list[Option]:
     """The channels that training closed, as options; each with the technique whose own share comes nearest."""
     options = []
-    for number, gone in toll.gone().items():
+    for number, gone in gates.gone().items():
         group = graph.groups[number]
         own = [option for option in found if option.site.group is group and option.technique is not None]
         nearest = min(own, key=lambda o: abs(int(group.gone(cast(CutStructure, o.structure)).sum()) - int(gone.sum())))

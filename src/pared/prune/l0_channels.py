@@ -56,7 +56,9 @@ class L0Channels(Technique):
     structure_type: ClassVar = CutStructure
     ladder: ClassVar = ({"keep": 0.9}, {"keep": 0.6}, {"keep": 0.3})
 
-    keep: float = Field(default=0.5, gt=0, lt=1, description="share of the channels that stay; where trained, the cost of this share")
+    keep: float = Field(
+        default=0.5, gt=0, lt=1, description="share of the channels that stay; where trained, the cost of this share"
+    )
     protect: str = Field(
         default="", pattern=LAYERS, description="layers whose channels stay: patterns such as layer4.*, with commas between"
     )
@@ -118,6 +120,9 @@ class HardConcrete(nn.Module):
         noise = cast(Tensor, self.noise)
         u = torch.rand_like(noise).clamp_(1e-6, 1 - 1e-6)
         noise.copy_(u.log() - (-u).log1p())
+
+    def adopt_(self, price: Tensor) -> None:
+        """A new price asks nothing of the weights."""
 
     def _log_alpha(self, price: Tensor) -> Tensor:
         return self.scores() - price.to(self.logit.dtype)
