@@ -228,10 +228,16 @@ class Technique(Settings):
         `coded_bits()` with `aim_bits`, which give its bits a price in the loss, see `pared.train.price`.
 
         Channels: by default they go before the training begins. A technique that lets training find out which go gives a
-        gate: called, a factor for each of the n channels, by which its `pieces` (slices of parameters: the layers that read
-        the channels) are multiplied, 0 where a channel is shut; `kept()`, how far each is there, in [0, 1], with a gradient,
-        asked for once per step; `scores()`, of which the lowest go first, comparable between groups. What all channels
-        cost has one price, see `pared.budget.gates`.
+        gate, a module for n channels with
+
+            gate(price, draws)    a factor per channel for its `pieces`, 0 where it is shut; at random if `draws`
+            gate.pieces           slices of parameters that are multiplied: of the layers that read the channels
+            gate.kept(price)      how far each channel is there, in [0, 1], falling with the price; with or without a gradient
+            gate.scores()         which channels go first, the lowest; comparable between groups
+            gate.draw_()          called after every step
+            gate.adopt_(price)    called when the price was solved anew, every few steps
+
+        The price is one for the whole network, see `pared.budget.gates`.
         """
         if site.kind == "tensor":
             return StraightThrough(self, site, structure, statistics)
