@@ -24,8 +24,10 @@ from torch import nn
 
 import pared
 from pared import registry, sources
+from pared.errors import InputError
 from pared.measurement.compute import compute
 from pared.measurement.quality import drop, evaluate
+from pared.site import plain
 from pared.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,16 +73,28 @@ def theirs(model: nn.Module, task: pared.Task, share: float) -> nn.Module:
     return model.eval()
 
 
-def scratch(shape: nn.Module, task: pared.Task, epochs: int) -> nn.Module:
+def fresh(shape: nn.Module, seed: int) -> nn.Module:
+    """The same architecture with random weights, drawn as its layers draw them.
+
+    Raises:
+        InputError: a parameter belongs to a module that has no `reset_parameters`.
+    """
+    model = plain(shape)
+    torch.manual_seed(seed)
+    for path, module in model.named_modules():
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+        elif own := [name for name, _ in module.named_parameters(recurse=False)]:
+            raise InputError(f"{type(module).__name__} at {path or 'the root'} must have reset_parameters, since it holds {own[0]}")
+    return model.requires_grad_(True)
+
+
+def scratch(shape: nn.Module, task: pared.Task, epochs: int, seed: int = 0) -> nn.Module:
     """The same architecture, trained from random weights on the labels."""
-    fresh = copy.deepcopy(shape)
-    for module in fresh.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    for parameter in fresh.parameters():
-        parameter.requires_grad_(True)
-    train(fresh, task, epochs=epochs, learning_rate=3e-3, weight_decay=0.05, keep_best=False)
-    return fresh
+    model = fresh(shape, seed)
+    train(model, task, epochs=epochs, learning_rate=3e-3, weight_decay=0.05, keep_best=False, seed=seed)
+    return model
 
 
 def tuned(model: nn.Module, task: pared.Task, teacher: nn.Module, epochs: int, seed: int) -> nn.Module:
@@ -123,7 +137,7 @@ def main() -> None:
                 found = _add(found, seed, share, given.epochs, name, smaller, n_macs, seconds, task, original, reference)
                 if given.epochs and name == "pared":
                     whole = given.epochs + small_resnet.EPOCHS
-                    again = scratch(smaller, task, round(whole * macs(original) / n_macs))
+                    again = scratch(smaller, task, round(whole * macs(original) / n_macs), seed)
                     found = _add(found, seed, share, given.epochs, "Scratch-B", again, n_macs, 0.0, task, original, reference)
                 path.write_text(json.dumps({"accuracy": reference.value, "runs": found}, indent=1) + "\n")
 

@@ -58,6 +58,11 @@ class Step:
         return any(technique.kind == "channels" for technique in self.candidates)
 
     @property
+    def learns(self) -> bool:
+        """Whether training finds out which channels go."""
+        return self.cuts and any(technique.learns for technique in self.candidates)
+
+    @property
     def is_of_networks(self) -> bool:
         """Whether it acts on the whole network, so that there is nothing to choose."""
         return any(technique.kind == "network" for technique in self.candidates)
@@ -194,7 +199,21 @@ def _step(step: Any, where: str) -> Step:
     if len({technique.kind == "channels" for technique in candidates}) > 1:
         raise RecipeError(f"the candidates of a step must all remove channels, or none of them ({where}); split the step")
     training, losses = _training(step["train"], where) if "train" in step else (None, ())
-    return Step(tuple(candidates), training, losses)
+    whole = Step(tuple(candidates), training, losses)
+    _check_learned(whole, where)
+    return whole
+
+
+def _check_learned(step: Step, where: str) -> None:
+    """Gates share one price, and channels go at once: one technique, one round."""
+    if not step.learns:
+        return
+    names = list(dict.fromkeys(technique.name for technique in step.candidates))
+    if len(names) > 1:
+        raise RecipeError(f"{names[0]} learns which channels go and must be alone in its step, got {' and '.join(names)} ({where})")
+    if step.training is not None and step.training.rounds > 1:
+        rounds = step.training.rounds
+        raise RecipeError(f"{names[0]} learns which channels go, all in one round, got rounds {rounds} ({where}); drop it")
 
 
 def _candidates(entry: Any, where: str) -> list[Technique]:

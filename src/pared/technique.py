@@ -113,6 +113,11 @@ class Technique(Settings):
         fields = {k: v for k, v in self.model_dump().items() if k in changed or (k == first and v is not None)}
         return f"{self.name}({', '.join(f'{key}={value}' for key, value in fields.items())})"
 
+    @property
+    def learns(self) -> bool:
+        """Whether it acts on channels, and training finds out which of them go."""
+        return self.kind == "channels" and type(self).relax is not Technique.relax
+
     def wants(self, statistic: type) -> bool:
         """Whether it reads such statistics with the settings that it has."""
         return statistic in self.reads
@@ -221,6 +226,18 @@ class Technique(Settings):
 
         A stand-in may have `anneal(progress)`, called on the way; `settle()`, which gives the parts with what was trained; and
         `coded_bits()` with `aim_bits`, which give its bits a price in the loss, see `pared.train.price`.
+
+        Channels: by default they go before the training begins. A technique that lets training find out which go gives a
+        gate, a module for n channels with
+
+            gate(price, draws)    a factor per channel for its `pieces`, 0 where it is shut; at random if `draws`
+            gate.pieces           slices of parameters that are multiplied: of the layers that read the channels
+            gate.kept(price)      how far each channel is there, in [0, 1], falling with the price; with or without a gradient
+            gate.scores()         which channels go first, the lowest; comparable between groups
+            gate.draw_()          called after every step
+            gate.adopt_(price)    called when the price was solved anew, every few steps
+
+        The price is one for the whole network, see `pared.budget.gates`.
         """
         if site.kind == "tensor":
             return StraightThrough(self, site, structure, statistics)

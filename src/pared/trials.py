@@ -14,7 +14,9 @@ from torch import nn
 
 from pared import artifact, registry
 from pared.budget.allocate import Plan
+from pared.budget.calibrate import gather
 from pared.budget.channels import Removal, partly
+from pared.budget.gates import absorb_, closed, gated
 from pared.budget.layer_latency import LatencyTable, slower
 from pared.budget.observe import observe
 from pared.graph.channels import Channels
@@ -23,7 +25,7 @@ from pared.measurement.quality import Drop, Quality, drop, evaluate
 from pared.place import Progress, place, place_buffers_, place_everywhere, relax_, settle_
 from pared.recipe import Step, Training
 from pared.record import Record, attach_, record_of
-from pared.site import Decoded, duplicate
+from pared.site import Decoded, duplicate, plain
 from pared.statistics import Statistics
 from pared.task import Task
 from pared.technique import Edit, Option, Technique
@@ -149,7 +151,11 @@ class Trials:
         else:
             for index, (step, level) in enumerate(zip(self.job.steps, levels, strict=True)):
                 trains = trained and step.training is not None and step.training.epochs > 0
-                if level.graph is not None:
+                learns = trains and step.learns and bool(level.options)
+                if learns:
+                    is_last = index == len(levels) - 1
+                    new, rows = self._learned(model, level, statistics, step, number * 100 + index, is_last)
+                elif level.graph is not None:
                     new, rows = self._cut(model, level, step, number * 100 + index, trains)
                 elif trains:
                     new, rows = self._trained(model, level.options, statistics, step, number * 100 + index)
@@ -157,7 +163,10 @@ class Trials:
                     new, rows = place(model, level.options, statistics), []
                 edits += new
                 history += rows
-                statistics = level.statistics.copy() if level.statistics is not None else statistics
+                if learns and not is_last:  # other channels are left than when the plan was made
+                    statistics = gather(plain(model), self.job.task, seed=self.job.seed, progress=self.job.progress)
+                elif level.statistics is not None:
+                    statistics = level.statistics.copy()
             model.eval()
             for technique in self.job.after:
                 leaving = technique.leaving(self._slower(plan.options))
@@ -206,9 +215,7 @@ class Trials:
         training = self._training(step)
         rows = self._train(model, step, number, 0, training.epochs, training.learning_rate, training.anneal_until)
         edits = settle_(model, level, statistics)
-        tune = training.tune_epochs if training.tune_epochs is not None else max(1, training.epochs // 3)
-        quarter = training.learning_rate / 4 if training.learning_rate else None
-        rows += self._train(model, step, number, 1, tune, training.tune_learning_rate or quarter, 1.0)
+        rows += self._tuned(model, step, number)
         model.eval()
         edits += place_buffers_(model, level, statistics)
         return edits, rows
@@ -233,6 +240,31 @@ class Trials:
             epochs = training.epochs // training.rounds + (part < training.epochs % training.rounds)
             rows += self._train(model, step, number, part, epochs, training.learning_rate, 1.0)
         return edits, rows
+
+    def _learned(
+        self, model: nn.Module, level: Level, statistics: Statistics, step: Step, number: int, is_last: bool
+    ) -> tuple[list[Edit], list[dict[str, Any]]]:
+        """Train with gates, cut what they closed, tune what is left. Before other steps, every group keeps as many channels as
+        was planned, since those were planned for the numbers."""
+        if level.graph is None:
+            raise ValueError("a step that removes channels needs a graph of them")
+        training, target = self._training(step), self.job.target
+        asked = {"macs": target.macs is not None or target.speedup is not None, "bits": target.file_bytes is not None}
+        measures = [name for name, is_asked in asked.items() if is_asked] or ["bits"]
+        twin, gates = gated(model, level.graph, level.options, level.found, statistics, measures, exactly=not is_last)
+        trainable_(twin)
+        rows = self._train(twin, step, number, 0, training.epochs, training.learning_rate, training.anneal_until)
+        absorb_(model, twin)
+        edits = Removal(model, level.graph, self.job.task).remove_(closed(gates, level.graph, level.found))
+        trainable_(model)
+        return edits, rows + self._tuned(model, step, number)
+
+    def _tuned(self, model: nn.Module, step: Step, number: int) -> list[dict[str, Any]]:
+        """The passes that follow, at a quarter of the rate."""
+        training = self._training(step)
+        tune = training.tune_epochs if training.tune_epochs is not None else max(1, training.epochs // 3)
+        quarter = training.learning_rate / 4 if training.learning_rate else None
+        return self._train(model, step, number, 1, tune, training.tune_learning_rate or quarter, 1.0)
 
     @staticmethod
     def _training(step: Step) -> Training:

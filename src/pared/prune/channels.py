@@ -18,7 +18,10 @@ from pared.site import Site
 from pared.statistics import Curvature, Kronecker, Responses, Statistics
 from pared.technique import Cost, Groups, Technique, value_at
 
-Importance = Literal["curvature", "taylor", "fisher", "apoz", "l1", "l2", "batch_norm", "geometric_median", "random"]
+Importance = Literal["curvature", "taylor", "fisher", "apoz", "l1", "l2", "group_l2", "batch_norm", "geometric_median", "random"]
+
+LAYERS = r"^([\w.*?\[\]!-]+(,[\w.*?\[\]!-]+)*)?$"
+"""Patterns of layers' names, with commas between."""
 
 _OF_RESPONSES = ("taylor", "fisher", "apoz")
 
@@ -37,7 +40,7 @@ class Channels(Technique):
     curvature          the same for one channel; without statistics l2
     taylor, fisher     E (sum over positions of x dL/dx)^2;  E sum (dL/dx)^2   of the channel's value x
     apoz               how often x is not zero
-    l1, l2             norm of what makes the channel;  batch_norm: of its scale
+    l1, l2             norm of what makes the channel;  group_l2: of all its weights;  batch_norm: of its scale
     geometric_median   sum of the distances to the other channels' weights
 
     Acts on   groups of coupled channels of the traced network.
@@ -63,7 +66,7 @@ class Channels(Technique):
     round_to: int = Field(default=1, ge=1, le=256, description="channels that stay are a multiple of this, where there are as many")
     protect: str = Field(
         default="",
-        pattern=r"^([\w.*?\[\]!-]+(,[\w.*?\[\]!-]+)*)?$",
+        pattern=LAYERS,
         description="layers whose channels stay: patterns such as layer4.*, with commas between",
     )
     heads: bool = Field(default=False, description="of attention, remove whole heads instead of the same slots of every head")
@@ -77,7 +80,7 @@ class Channels(Technique):
         for pattern in filter(None, self.protect.split(",")):
             if found and not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-                raise RecipeError(f"prune.channels.protect: no layer is called {pattern}; near it are {', '.join(near)}")
+                raise RecipeError(f"protect must name layers: no layer is called {pattern}; near it are {', '.join(near)}")
         for site in found:
             group = cast(Group, site.group)
             if group.whole == self.heads or not (group.whole or _lies_in_blocks(group, found)):
@@ -103,7 +106,7 @@ class Channels(Technique):
         group = cast(Group, site.group)
         gone = np.zeros(group.n, bool)
         n_gone = group.n - self._stays(group)
-        order = np.arange(group.n)[::-1] if site.tensor_at(group.slices[0].path).is_meta else self._order(site, group, statistics)
+        order = np.arange(group.n)[::-1] if site.tensor_at(group.slices[0].path).is_meta else self._order(site, statistics)
         gone[order[:n_gone]] = True
         return Coordinates().structure(group, gone, site.root)
 
@@ -131,18 +134,24 @@ class Channels(Technique):
         found = [loss for use in _uses(site, group, statistics) if (loss := use.loss(gone)) is not None]
         return float(sum(found)) if found else None
 
-    def _order(self, site: Site, group: Group, statistics: Statistics) -> np.ndarray:
+    def _order(self, site: Site, statistics: Statistics) -> np.ndarray:
         """Channels, the least important first."""
+        return np.argsort(self.scores(site, statistics), kind="stable")
+
+    def scores(self, site: Site, statistics: Statistics) -> np.ndarray:
+        """How important each channel of the site's group is."""
+        group = cast(Group, site.group)
         responses = statistics.responses(group.name)
         if self.importance in _OF_RESPONSES and responses is None:
             raise InputError(f"importance {self.importance} is observed on data, but there was none; give a task, or use l2")
         if self.importance == "random":
-            return np.random.default_rng(group.n).permutation(group.n)
+            return np.argsort(np.random.default_rng(group.n).permutation(group.n)).astype(float)
         if responses is not None and self.importance in _OF_RESPONSES:
-            return np.argsort(getattr(responses, self.importance), kind="stable")
+            return np.asarray(getattr(responses, self.importance))
         if self.importance == "curvature" and (uses := _uses(site, group, statistics)):
-            return np.argsort(sum(use.scores() for use in uses), kind="stable")
+            return np.asarray(sum(use.scores() for use in uses))
         score = np.zeros(group.n)
+        held = dict(site.root.named_parameters(remove_duplicate=False))
         for piece in group.slices:
             value = site.tensor_at(piece.path).detach().double().movedim(piece.axis, 0)
             value = value.reshape(len(value), -1)
@@ -151,6 +160,10 @@ class Channels(Technique):
                 if value.shape[1] == 1 and piece.path.endswith("weight") and value.ndim == 2:
                     np.add.at(score, piece.channel[mine], value[:, 0].abs().numpy()[mine])
                 continue
+            if self.importance == "group_l2":
+                if piece.path in held:
+                    np.add.at(score, piece.channel[mine], value.square().sum(1).numpy()[mine])
+                continue
             if piece.axis != 0 or value.shape[1] < 2:  # what makes the channel
                 continue
             if self.importance == "geometric_median":
@@ -158,7 +171,7 @@ class Channels(Technique):
             else:
                 rows = value.abs().sum(1) if self.importance == "l1" else value.square().sum(1)
             np.add.at(score, piece.channel[mine], rows.numpy()[mine])
-        return np.argsort(score, kind="stable")
+        return score
 
 
 def _lies_in_blocks(group: Group, sites: list[Site]) -> bool:
@@ -243,6 +256,24 @@ def _uses(site: Site, group: Group, statistics: Statistics) -> list[_Use]:
                 turned = Kronecker(term.gradients, term.inputs, term.as_matrix)
                 makes.append(_Use(matrix.transpose(1, 2), _alone(turned), channels[:, :, 0], group.n))
     return reads or makes
+
+
+def readers(site: Site, statistics: Statistics) -> tuple[Slice, ...]:
+    """Where the layers that read the channels of a group hold them; where no layer does, where they are made; without
+    curvature, every parameter in which they lie."""
+    group = cast(Group, site.group)
+    held = dict(site.root.named_parameters(remove_duplicate=False))
+    pieces = [piece for piece in group.slices if piece.path in held]
+    reads: list[Slice] = []
+    makes: list[Slice] = []
+    for piece in pieces:
+        curvature = statistics.curvature(piece.path)
+        for term in curvature.terms if curvature is not None else ():
+            if isinstance(term, Kronecker):
+                channels = term.as_matrix(_spread(piece, value_at(site.root, piece.path)))
+                is_read = bool((channels == channels[:, :1]).all()) and not bool((channels == channels[:, :, :1]).all())
+                (reads if is_read else makes).append(piece)
+    return tuple(dict.fromkeys(reads or makes or pieces))
 
 
 def _alone(term: Kronecker) -> Kronecker:
