@@ -180,6 +180,19 @@ def relax_(model: nn.Module, options: Iterable[Option], statistics: Statistics) 
             install_(site, relaxed)
 
 
+def relax_network_(model: nn.Module, technique: Technique, statistics: Statistics) -> Edit | None:
+    """Put a technique that acts on the whole network in force for training, in place; None where there is no place for it.
+    Its `settle` ends it."""
+    site = network_site(model)
+    if technique.refuse(site):
+        return None
+    structure = technique.decide(site, statistics)
+    if structure == technique.structure_type():
+        return None
+    technique.relax(site, structure, statistics)
+    return Edit(technique, site.paths, structure)
+
+
 def settle_(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> list[Edit]:
     """Stand-ins give way to the parts that they stood for, in place; returns the edits in order.
 
