@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from pared.errors import InputError
@@ -109,6 +110,14 @@ class Activations(Technique):
         default="fitted", description="scales from calibration data alone, or trained along with the weights"
     )
 
+    powers_of_two: bool = Field(default=False, description="scales that are powers of two: fixed point")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Activations:
+        if self.powers_of_two and self.steps == "learned":
+            raise ValueError("steps: learned gives any scales; leave it or powers_of_two out")
+        return self
+
     @property
     def in_training(self) -> bool:
         return self.steps == "learned"
@@ -189,9 +198,13 @@ class Activations(Technique):
         top = 2**self.bits - 1
         if self.scheme == "symmetric":
             reach = max(-low, high) or 1.0
-            return _below(reach / (2 ** (self.bits - 1) - 1)), 2 ** (self.bits - 1)
-        scale = (high - low) / top or 1.0
+            return _below(self._wide(reach / (2 ** (self.bits - 1) - 1))), 2 ** (self.bits - 1)
+        scale = self._wide((high - low) / top or 1.0)
         return _below(scale), min(max(round(-low / scale), 0), top)
+
+    def _wide(self, scale: float) -> float:
+        """The scale, or the next power of two above it, so that the grid reaches as far."""
+        return 2.0 ** math.ceil(math.log2(scale)) if self.powers_of_two else scale
 
     def _error(self, values: Tensor, weights: Tensor, codes: Tensor, scale: float, zero_point: int) -> float:
         if self.range == "mse":
