@@ -58,7 +58,8 @@ def apply(
         if not isinstance(item, Technique):
             raise InputError(f"apply takes techniques such as quantize.Integer(bits=8), got {type(item).__name__}")
     for item, later in itertools.pairwise(techniques):
-        if item.kind == "network" and not item.exact and later.kind is not None:
+        follows = later.kind is not None and (later.kind != "network" or later.exact)
+        if item.kind == "network" and not item.exact and follows:
             raise InputError(f"{item.name} changes what the network computes and must come last; put {later.name} before it")
     check_finite(model)
     if task is not None:

@@ -205,3 +205,21 @@ def test_steps_that_are_twice_too_coarse_are_trained_back_and_leave_a_network_as
     assert torch.allclose(model(x), expected, atol=1e-5)
     assert model.state_dict().keys() == fitted.state_dict().keys()
     assert Rounding("input", 3)(model.stem, x).unique().numel() <= 8
+
+
+def test_two_of_them_give_different_layers_different_bits(task, tmp_path):
+    torch.manual_seed(0)
+    ends, middle = Activations(bits=8, places="products", keep="blocks"), Activations(bits=3, places="products", keep="stem,head")
+    model = pared.apply(Net().eval(), task, [quantize.Integer(bits=8), ends, middle])
+    seen = {}
+    for path in ("stem", "blocks.0.conv2", "blocks.1.conv1", "head"):
+        layer = model.get_submodule(path)
+        layer.register_forward_hook(lambda _, args, __, path=path: seen.update({path: args[0].unique().numel()}))
+    x = task.train[0][0]
+    expected = model(x)
+    assert seen["stem"] > 100 and seen["head"] > 30
+    assert 2 < seen["blocks.0.conv2"] <= 8 and 2 < seen["blocks.1.conv1"] <= 8
+    pared.save(model, tmp_path / "net.pared")
+    assert torch.equal(pared.load(tmp_path / "net.pared")(x), expected)
+    with pytest.raises(InputError, match="must come last"):
+        pared.apply(Net().eval(), task, [ends, quantize.Integer(bits=8)])

@@ -147,18 +147,23 @@ class Activations(Technique):
         return root
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
-        for module, port in _quantized(parts):
+        for module, port in self._own(site, parts, statistics):
             seen = statistics.values.get(port)
             if seen is None:
                 raise InputError(f"calibration must reach the {port}, but no value passed there; give other data")
             for name, value in zip(names(port.side), self.grid(seen), strict=True):
                 getattr(module, name).fill_(value)
 
+    def _own(self, site: Site, parts: nn.Module, statistics: Statistics) -> Iterator[tuple[nn.Module, Port]]:
+        """The ports that it rounds at; others may be another one's, with other settings."""
+        own = {place.port for place in self.decide(site, statistics).places}
+        return ((module, port) for module, port in _quantized(parts) if port in own)
+
     def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
         parts = self.build(site, structure)
         self.fit(site, parts, statistics)
         if self.steps == "learned":
-            for module, port in _quantized(parts):
+            for module, port in self._own(site, parts, statistics):
                 scale = cast(Tensor, getattr(module, names(port.side)[0]))
                 module.register_parameter(_stretch(port.side), nn.Parameter(torch.zeros_like(scale)))
         return parts
