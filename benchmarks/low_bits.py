@@ -67,7 +67,7 @@ def learned(bits: int) -> dict[str, Any]:
 ROWS = {
     "w4a4": Row("small_resnet", 0.5, 6, 2e-3, **learned(4)),
     "w2a2": Row("small_resnet", 2.0, 10, 3e-3, **learned(2)),
-    "binary": Row("lenet_5", 1.0, 8, 1e-3, (quantize.Binary(warm_up=0.0), quantize.Integer(bits=8, tensors="matrices"))),
+    "binary": Row("lenet_5", 1.0, 8, 1e-3, (quantize.Binary(), quantize.Integer(bits=8, tensors="matrices"))),
     "mixed": Row("lenet_5", 0.4, 6, 1e-3, bits_per_weight=1.5),
 }
 MIXED = {
