@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pared
-from pared import prune, quantize, sources
+from pared import prune, quantize, sources, trials
 from pared.errors import BudgetError, InputError
 
 RECIPE = {
@@ -264,6 +264,32 @@ def test_entropy_constrained_codes_come_out_of_training_within_the_size_and_clos
     ratio = result.data["before"]["file_bytes"] / result.data["after"]["file_bytes"]
     assert 15 <= ratio < 20
     assert result.data["drop_pp"]["value"] < 5
+
+
+def test_activations_with_learned_steps_are_trained_along_with_the_weights(net, task, tmp_path, monkeypatch):
+    loop, trained = trials.train_loop, []
+
+    def watched(model, *args, **kwargs):
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("_stretch")}
+        history = loop(model, *args, **kwargs)
+        trained.append([not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before])
+        return history
+
+    monkeypatch.setattr(trials, "train_loop", watched)
+    integer = {"quantize.integer": {"bits": [2, 3], "steps": "learned", "tensors": "matrices"}}
+    values = {"quantize.activations": {"bits": 2, "places": "products", "steps": "learned"}}
+    steps = [{**integer, "train": {"epochs": 4, "tune_epochs": 1}}, values]
+    result = pared.compress(net, task, {"steps": steps}, size="6x")
+    assert trained[:2] == [[True] * 3] * 2  # of the inputs of three layers, in both parts of the training
+    assert result.data["drop_pp"]["value"] < 5
+    names = [edit.technique.name for edit in result.edits]
+    assert set(names[:-1]) == {"quantize.integer"} and names[-1] == "quantize.activations"
+    assert not any(name.endswith("_stretch") for name, _ in result.model.named_parameters())
+    path = tmp_path / "net.pared"
+    result.save(path)
+    expected = first_outputs(result.model, task)
+    assert torch.equal(first_outputs(pared.load(path), task), expected)
+    assert torch.equal(first_outputs(pared.load(path, Net()).eval(), task), expected)
 
 
 def test_the_int8_recipe_folds_codes_and_rounds_in_this_order(net, task, tmp_path):

@@ -81,6 +81,7 @@ def test_techniques_for_the_whole_network_stand_at_the_ends_of_a_recipe():
         ([integer, {"quantize.activations": {"bits": [4, 8]}}], "its settings must be single values"),
         ([integer, {**activations, "train": {"epochs": 1}}], "trains nothing"),
         ([{"chain": [integer, activations]}], "cannot be part of a chain"),
+        ([integer, {"quantize.activations": {"steps": "learned"}}], "trained along with a step before it"),
     ):
         with pytest.raises(RecipeError, match=told):
             recipe.load({"steps": wrong})

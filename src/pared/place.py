@@ -58,7 +58,8 @@ def apply(
         if not isinstance(item, Technique):
             raise InputError(f"apply takes techniques such as quantize.Integer(bits=8), got {type(item).__name__}")
     for item, later in itertools.pairwise(techniques):
-        if item.kind == "network" and not item.exact and later.kind is not None:
+        follows = later.kind is not None and (later.kind != "network" or later.exact)
+        if item.kind == "network" and not item.exact and follows:
             raise InputError(f"{item.name} changes what the network computes and must come last; put {later.name} before it")
     check_finite(model)
     if task is not None:
@@ -178,6 +179,19 @@ def relax_(model: nn.Module, options: Iterable[Option], statistics: Statistics) 
         relaxed = technique.relax(site, option.structure, statistics)
         if relaxed is not None:
             install_(site, relaxed)
+
+
+def relax_network_(model: nn.Module, technique: Technique, statistics: Statistics) -> Edit | None:
+    """Put a technique that acts on the whole network in force for training, in place; None where there is no place for it.
+    Its `settle` ends it."""
+    site = network_site(model)
+    if technique.refuse(site):
+        return None
+    structure = technique.decide(site, statistics)
+    if structure == technique.structure_type():
+        return None
+    technique.relax(site, structure, statistics)
+    return Edit(technique, site.paths, structure)
 
 
 def settle_(model: nn.Module, options: Iterable[Option], statistics: Statistics) -> list[Edit]:

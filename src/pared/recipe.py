@@ -170,6 +170,11 @@ def _check_networks(recipe: Recipe, where: str) -> None:
         if not step.is_of_networks:
             continue
         technique = step.candidates[0]
+        if technique.in_training and not any(s.training is not None and not s.cuts for s in recipe.steps[: number - 1]):
+            raise RecipeError(
+                f"{technique} is trained along with a step before it, and none of them has train ({where}, step {number}); "
+                "add train to the step that codes the weights"
+            )
         if len(step.candidates) > 1:
             raise RecipeError(
                 f"{technique.name} acts on the whole network, so its settings must be single values, got a choice of "

@@ -245,6 +245,14 @@ class Technique(Settings):
         self.fit(site, parts, statistics)
         return parts
 
+    @property
+    def in_training(self) -> bool:
+        """Of the whole network: whether it is to be in force, through `relax`, while what comes before it is trained."""
+        return False
+
+    def settle(self, parts: nn.Module) -> None:
+        """Of the whole network: end its training; in place, `relax` gives way to what `build` makes."""
+
     def at(self, progress: float) -> Technique:
         """The technique at a fraction of its way in training, such as a sparsity that grows; at(1.0) is itself."""
         return self

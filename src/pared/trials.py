@@ -22,7 +22,7 @@ from pared.budget.observe import observe
 from pared.graph.channels import Channels
 from pared.job import Job
 from pared.measurement.quality import Drop, Quality, drop, evaluate
-from pared.place import Progress, place, place_buffers_, place_everywhere, relax_, settle_
+from pared.place import Progress, place, place_buffers_, place_everywhere, relax_, relax_network_, settle_
 from pared.recipe import Step, Training
 from pared.record import Record, attach_, record_of
 from pared.site import Decoded, duplicate, plain
@@ -149,8 +149,12 @@ class Trials:
         if saved is not None:
             model, edits, history = saved
         else:
+            after = [technique.leaving(self._slower(plan.options)) for technique in self.job.after]
+            training = [trained and step.training is not None and step.training.epochs > 0 for step in self.job.steps]
+            last = max((i for i, level in enumerate(levels) if training[i] and level.graph is None), default=-1)
+            along: list[Edit] = []
             for index, (step, level) in enumerate(zip(self.job.steps, levels, strict=True)):
-                trains = trained and step.training is not None and step.training.epochs > 0
+                trains = training[index]
                 learns = trains and step.learns and bool(level.options)
                 if learns:
                     is_last = index == len(levels) - 1
@@ -158,7 +162,8 @@ class Trials:
                 elif level.graph is not None:
                     new, rows = self._cut(model, level, step, number * 100 + index, trains)
                 elif trains:
-                    new, rows = self._trained(model, level.options, statistics, step, number * 100 + index)
+                    network = [technique for technique in after if technique.in_training and index == last]
+                    new, rows, along = self._trained(model, level.options, statistics, step, number * 100 + index, network)
                 else:
                     new, rows = place(model, level.options, statistics), []
                 edits += new
@@ -168,9 +173,10 @@ class Trials:
                 elif level.statistics is not None:
                     statistics = level.statistics.copy()
             model.eval()
-            for technique in self.job.after:
-                leaving = technique.leaving(self._slower(plan.options))
-                edits += over_the_network(model, leaving, self.job.task, self.job.example, self.job.progress)
+            edits += along
+            for technique in after:
+                if technique not in [edit.technique for edit in along]:
+                    edits += over_the_network(model, technique, self.job.task, self.job.example, self.job.progress)
         attach_(model, self._record(edits, [level.options for level in levels]))
         file_bytes = self._weigh(model, number)
         self.correction = 8 * file_bytes / max(predicted, 1.0)
@@ -207,18 +213,25 @@ class Trials:
         return Record(edits=edits, example=self.job.example, recipe=self.job.resolved(levels), provenance=facts)
 
     def _trained(
-        self, model: nn.Module, level: Sequence[Option], statistics: Statistics, step: Step, number: int
-    ) -> tuple[list[Edit], list[dict[str, Any]]]:
-        """Train stand-ins, let them settle, tune what is left to train with the codes frozen, code the buffers."""
+        self, model: nn.Module, level: Sequence[Option], statistics: Statistics, step: Step, number: int,
+        network: Sequence[Technique],
+    ) -> tuple[list[Edit], list[dict[str, Any]], list[Edit]]:  # fmt: skip
+        """Train stand-ins, let them settle, tune what is left to train with the codes frozen, code the buffers; in between,
+        what acts on the whole network along with it is in force. Its edits come apart: they are the last of all."""
         trainable_(model)
         relax_(model, level, statistics)
+        seen = observe(model.eval(), self.job.task, network, self.job.example) if network else Statistics()
+        relaxed = [relax_network_(model, technique, seen) for technique in network]
+        along = [edit for edit in relaxed if edit is not None]
         training = self._training(step)
         rows = self._train(model, step, number, 0, training.epochs, training.learning_rate, training.anneal_until)
         edits = settle_(model, level, statistics)
         rows += self._tuned(model, step, number)
         model.eval()
+        for edit in along:
+            edit.technique.settle(model)
         edits += place_buffers_(model, level, statistics)
-        return edits, rows
+        return edits, rows, along
 
     def _cut(
         self, model: nn.Module, level: Level, step: Step, number: int, trains: bool

@@ -5,9 +5,13 @@ from torch import nn
 
 import pared
 from pared import quantize, structure
+from pared.budget.observe import observe
 from pared.errors import InputError
 from pared.graph.flow import flow_of
-from pared.quantize.activations import Activations, Placement
+from pared.lowered import dequantize, through_integers
+from pared.lowered import quantize as to_integers
+from pared.place import relax_network_
+from pared.quantize.activations import Activations, Placement, Rounding
 from pared.statistics import Histogram
 
 
@@ -144,3 +148,78 @@ def test_the_whole_network_runs_on_integers_in_onnxruntime(task, tmp_path):
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     assert kinds.count("QLinearConv") == 2 and kinds.count("QGemm") == 1
     assert "Conv" not in kinds and "Gemm" not in kinds
+
+
+def test_for_few_bits_only_what_products_read_is_rounded():
+    flow = flow_of(Net().eval(), (torch.randn(2, 1, 6, 6),))
+    read = [str(port) for port in Placement(flow, only_read=True).ports()]
+    first, second = ("input of blocks.0.conv2", "input of blocks.1.conv2")
+    alike = {"output of blocks.0.act": first, "output of blocks.1.act": second}  # the same values
+    assert [alike.get(port, port) for port in read] == [
+        "input of stem", "input of blocks", first, "output of blocks.0", second, "input of head",
+    ]  # fmt: skip
+    assert "input of stem" not in [str(port) for port in Placement(flow, ("stem",), only_read=True).ports()]
+
+
+@pytest.mark.parametrize("bits, zero", [(2, 0), (4, 5)])
+def test_slopes_of_learned_steps_are_those_of_the_paper(bits, zero):
+    x = (2 * torch.randn(6, 10)).requires_grad_()
+    scale, zero_point, gradient = torch.tensor(0.4, requires_grad=True), torch.tensor(zero, dtype=torch.uint8), torch.randn(6, 10)
+    y = through_integers(x, scale, zero_point, bits)
+    codes = to_integers(x.detach(), scale.detach(), zero_point, bits)
+    assert torch.equal(y, dequantize(codes, scale.detach(), zero_point, bits=bits))
+    (y * gradient).sum().backward()
+    top, summed = 2**bits - 1, 0.0
+    for value, g, slope in zip(x.flatten().tolist(), gradient.flatten().tolist(), x.grad.flatten().tolist(), strict=True):
+        at = value / 0.4
+        inside = -zero <= at <= top - zero
+        assert slope == pytest.approx(g if inside else 0.0)
+        summed += g * (round(at) - at if inside else -zero if at < -zero else top - zero)
+    assert float(scale.grad) == pytest.approx(summed / (10 * top) ** 0.5, rel=1e-4)
+
+
+def test_steps_that_are_twice_too_coarse_are_trained_back_and_leave_a_network_as_build_makes_it(task):
+    model, technique = Net().eval(), Activations(bits=3, steps="learned")
+    fitted = pared.apply(model, task, technique)
+    edit = relax_network_(model, technique, observe(model, task, [technique]))
+    x = task.train[0][0]
+    assert torch.equal(model(x), fitted(x))  # at first they are those of the calibration data
+    wanted = Net().eval()
+    wanted.load_state_dict({name: value for name, value in model.state_dict().items() if name in wanted.state_dict()})
+    for name, scale in model.named_buffers():
+        scale.mul_(2.5 if name.endswith("_scale") else 1)
+    trained = [p for name, p in model.named_parameters() if name.endswith("_stretch")]
+    assert len(trained) == len(edit.structure.places)
+    optimiser = torch.optim.Adam(trained, lr=0.02)
+    losses = []
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = (model(x) - wanted(x)).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.5 * losses[0]
+    expected = model(x)
+    technique.settle(model)
+    assert not any(name.endswith("_stretch") for name, _ in model.named_parameters())
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert model.state_dict().keys() == fitted.state_dict().keys()
+    assert Rounding("input", 3)(model.stem, x).unique().numel() <= 8
+
+
+def test_two_of_them_give_different_layers_different_bits(task, tmp_path):
+    torch.manual_seed(0)
+    ends, middle = Activations(bits=8, places="products", keep="blocks"), Activations(bits=3, places="products", keep="stem,head")
+    model = pared.apply(Net().eval(), task, [quantize.Integer(bits=8), ends, middle])
+    seen = {}
+    for path in ("stem", "blocks.0.conv2", "blocks.1.conv1", "head"):
+        layer = model.get_submodule(path)
+        layer.register_forward_hook(lambda _, args, __, path=path: seen.update({path: args[0].unique().numel()}))
+    x = task.train[0][0]
+    expected = model(x)
+    assert seen["stem"] > 100 and seen["head"] > 30
+    assert 2 < seen["blocks.0.conv2"] <= 8 and 2 < seen["blocks.1.conv1"] <= 8
+    pared.save(model, tmp_path / "net.pared")
+    assert torch.equal(pared.load(tmp_path / "net.pared")(x), expected)
+    with pytest.raises(InputError, match="must come last"):
+        pared.apply(Net().eval(), task, [ends, quantize.Integer(bits=8)])

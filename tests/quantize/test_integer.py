@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared.quantize import Integer
+from pared.budget.observe import observe
+from pared.errors import RecipeError
+from pared.place import everywhere, relax_, settle_
+from pared.quantize.integer import Integer, Stepped
+from pared.recipe import load
 from pared.site import Site, install_
 from pared.statistics import Curvature, Diagonal, Statistics
-from pared.testing import Case, cases
+from pared.task import Task
+from pared.testing import Case, cases, net
+from pared.train import train
 
 
 @pytest.mark.parametrize("case", cases(Integer(bits=4, group=16), Integer(bits=6, group="tensor")), ids=str)
@@ -140,3 +146,82 @@ def test_codes_out_of_range_are_named() -> None:
 def test_cost_without_parts_is_codes_and_scales() -> None:
     weight = torch.randn(32, 64)
     assert Integer(bits=4, group=16).cost(site_of(weight)).stored_bits == 32 * 64 * 4 + 16 * 32 * 4
+
+
+def relaxed(technique: Integer, weight: torch.Tensor) -> Stepped:
+    site = site_of(weight)
+    return technique.relax(site, technique.decide(site, Statistics()), Statistics())
+
+
+@pytest.mark.parametrize("settings", [{"group": "tensor"}, {"group": "channel"}, {"group": 7}], ids=str)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_slopes_of_learned_steps_are_those_of_the_paper(bits: int, settings: dict[str, object]) -> None:
+    weight = torch.randn(5, 20)
+    stand_in = relaxed(Integer(bits=bits, steps="learned", **settings), weight)
+    gradient = torch.randn(5, 20)
+    (stand_in() * gradient).sum().backward()
+    scale, low, high = stand_in.spread().detach(), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    summed: dict[float, float] = {}
+    for row in range(5):
+        for column in range(20):
+            g, s = float(gradient[row, column]), float(scale[row, column])
+            at = float(weight[row, column]) / s
+            inside = low <= at <= high
+            slope = round(at) - at if inside else low if at < low else high
+            assert float(stand_in.weight.grad[row, column]) == pytest.approx(g if inside else 0.0)
+            summed[s] = summed.get(s, 0.0) + g * slope
+    n = weight.numel() / stand_in.stretch.numel()
+    for s, slope in zip(stand_in.scale().flatten().tolist(), stand_in.stretch.grad.flatten().tolist(), strict=True):
+        assert slope == pytest.approx(summed[s] * s / (n * high) ** 0.5, rel=1e-3, abs=1e-5)
+
+
+def test_a_step_that_is_too_coarse_or_too_fine_learns_the_best_one() -> None:
+    weight = torch.randn(1, 4000)
+    scales = torch.linspace(0.05, 2, 400)
+    best = min(float(((weight / s).round().clamp(-4, 3) * s - weight).square().mean()) for s in scales)
+    for factor in (0.3, 3.0):
+        stand_in = relaxed(Integer(bits=3, steps="learned"), weight)
+        stand_in.first.mul_(factor)
+        stand_in.weight.requires_grad_(False)
+        optimiser = torch.optim.Adam([stand_in.stretch], lr=0.02)
+        at_first = float((stand_in() - weight).square().mean().detach())
+        for _ in range(300):
+            optimiser.zero_grad()
+            (stand_in() - weight).square().sum().backward()
+            optimiser.step()
+        error = float((stand_in() - weight).square().mean().detach())
+        assert error < 1.05 * best and at_first > 2 * best
+        assert torch.equal(stand_in.settle()(), stand_in())
+
+
+def test_two_bits_with_learned_steps_are_trained_to_nearly_what_the_net_was() -> None:
+    trained = net("convolution")
+    model, task = trained.copy(), trained.task
+    technique = Integer(bits=2, tensors="matrices", steps="learned", keep="stem")
+    statistics = observe(model, task, [technique])
+    options, refusals = everywhere(model, technique, statistics)
+    assert "stem.weight" in [refusal.path for refusal in refusals]
+    relax_(model, options, statistics)
+    first = [(module, module.scale().clone()) for module in model.modules() if isinstance(module, Stepped)]
+    at_first = accuracy(model.eval(), task)
+    train(model, task, epochs=8, learning_rate=0.003, ema=None)
+    assert all(not torch.equal(module.scale(), scale) for module, scale in first)
+    settle_(model, options, statistics)
+    now, then = accuracy(model.eval(), task), accuracy(trained.model, task)
+    assert at_first < then - 0.1 and now > then - 0.04, (then, at_first, now)
+
+
+def accuracy(model: nn.Module, task: Task) -> float:
+    return float(torch.cat([(model(x).argmax(1) == y).float() for x, y in task.val]).mean())
+
+
+def test_learned_steps_do_not_go_with_compensated_rounding() -> None:
+    with pytest.raises(RecipeError, match=r"quantize.integer: steps: learned trains .* leave .* out \(recipe, step 1\)"):
+        load({"steps": [{"quantize.integer": {"steps": "learned", "rounding": "compensated"}}]})
+
+
+def test_modules_that_are_kept_are_those_named_and_what_is_in_them() -> None:
+    model = nn.ModuleDict({"stem": nn.Linear(8, 8), "stem2": nn.Linear(8, 8), "body": nn.Sequential(nn.Linear(8, 8))})
+    technique = Integer(keep="stem,body")
+    taken = [site.path for site in technique.sites(model) if technique.refuse(site) is None and site.tensor.ndim == 2]
+    assert taken == ["stem2.weight"]

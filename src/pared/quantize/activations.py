@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from pared.errors import InputError
@@ -53,6 +54,9 @@ class Rounding:
 
     def __call__(self, module: nn.Module, value: Tensor) -> Tensor:
         scale, zero_point = (getattr(module, name) for name in names(self.side))
+        stretch = module._parameters.get(_stretch(self.side))
+        if stretch is not None:
+            scale = scale * stretch.exp()
         return through_integers(value, scale, zero_point, self.bits)
 
 
@@ -66,11 +70,20 @@ class Activations(Technique):
     additions, concatenations and pooling between them read and give, so that no value goes back and forth. Codes are
     unsigned, which integer kernels on CPUs prefer. Weights are another technique's affair (`quantize.integer`).
 
+    With `places: products` only what convolutions and linear layers read is rounded: the least that lets them compute with
+    integers, for few bits. With `steps: learned` values are rounded while the last step that trains is trained, and scales
+    are trained along, from where calibration data put them. For y = s (q - z) of one value x,
+
+    dy/dx = 1 where nothing is clipped, else 0;   dy/ds = q - z - x / s where nothing is clipped, else q - z;   times
+    1 / sqrt(n (2**k - 1)) for the n features of an example. Post-training (no step trains, `pared.apply`) they stay.
+
     Acts on   the whole network: places are found in its graph; values that pass through no module's border stay.
     Stores    a scale and a zero point for each place; MACs unchanged.
     Reads     the flow of values, and their distribution at every place.
     Refuses   networks without convolutions and linear layers.
-    Paper     Jacob et al. 2018, arXiv:1712.05877; ranges: Wu et al. 2020, arXiv:2004.09602.
+    Paper     Jacob et al. 2018, arXiv:1712.05877; ranges: Wu et al. 2020, arXiv:2004.09602; learned steps: Esser et al. 2020,
+              arXiv:1902.08153.
+    Differs   learned steps start where calibration puts them and are trained in the logarithm; zero points stay.
     """
 
     acts_on: ClassVar = Network()
@@ -90,6 +103,24 @@ class Activations(Technique):
     keep: str = Field(
         default="", pattern=r"^[\w.,]*$", description="modules left in floating point: their paths, with commas between"
     )
+    places: Literal["all", "products"] = Field(
+        default="all", description="all that a runtime can have as integers, or only what convolutions and linear layers read"
+    )
+    steps: Literal["fitted", "learned"] = Field(
+        default="fitted", description="scales from calibration data alone, or trained along with the weights"
+    )
+
+    powers_of_two: bool = Field(default=False, description="scales that are powers of two: fixed point")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Activations:
+        if self.powers_of_two and self.steps == "learned":
+            raise ValueError("steps: learned gives any scales; leave it or powers_of_two out")
+        return self
+
+    @property
+    def in_training(self) -> bool:
+        return self.steps == "learned"
 
     def refuse(self, site: Site) -> str | None:
         layers = (nn.modules.conv._ConvNd, nn.Linear)
@@ -100,7 +131,7 @@ class Activations(Technique):
     def decide(self, site: Site, statistics: Statistics) -> ActivationsStructure:
         if statistics.flow is None:
             return ActivationsStructure()
-        ports = Placement(statistics.flow, tuple(path for path in self.keep.split(",") if path)).ports()
+        ports = Placement(statistics.flow, tuple(path for path in self.keep.split(",") if path), self.places == "products").ports()
         return ActivationsStructure(places=tuple(Place(module=port.module, side=port.side) for port in ports))
 
     def build(self, site: Site, structure: Structure) -> nn.Module:
@@ -116,12 +147,32 @@ class Activations(Technique):
         return root
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
-        for module, port in _quantized(parts):
+        for module, port in self._own(site, parts, statistics):
             seen = statistics.values.get(port)
             if seen is None:
                 raise InputError(f"calibration must reach the {port}, but no value passed there; give other data")
             for name, value in zip(names(port.side), self.grid(seen), strict=True):
                 getattr(module, name).fill_(value)
+
+    def _own(self, site: Site, parts: nn.Module, statistics: Statistics) -> Iterator[tuple[nn.Module, Port]]:
+        """The ports that it rounds at; others may be another one's, with other settings."""
+        own = {place.port for place in self.decide(site, statistics).places}
+        return ((module, port) for module, port in _quantized(parts) if port in own)
+
+    def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
+        parts = self.build(site, structure)
+        self.fit(site, parts, statistics)
+        if self.steps == "learned":
+            for module, port in self._own(site, parts, statistics):
+                scale = cast(Tensor, getattr(module, names(port.side)[0]))
+                module.register_parameter(_stretch(port.side), nn.Parameter(torch.zeros_like(scale)))
+        return parts
+
+    def settle(self, parts: nn.Module) -> None:
+        for module, port in _quantized(parts):
+            stretch = module._parameters.pop(_stretch(port.side), None)
+            if stretch is not None:
+                cast(Tensor, getattr(module, names(port.side)[0])).mul_(stretch.detach().exp())
 
     def grid(self, seen: Histogram) -> tuple[float, int]:
         """Scale and zero point for values of this distribution; zero is a value of the grid."""
@@ -152,9 +203,13 @@ class Activations(Technique):
         top = 2**self.bits - 1
         if self.scheme == "symmetric":
             reach = max(-low, high) or 1.0
-            return _below(reach / (2 ** (self.bits - 1) - 1)), 2 ** (self.bits - 1)
-        scale = (high - low) / top or 1.0
+            return _below(self._wide(reach / (2 ** (self.bits - 1) - 1))), 2 ** (self.bits - 1)
+        scale = self._wide((high - low) / top or 1.0)
         return _below(scale), min(max(round(-low / scale), 0), top)
+
+    def _wide(self, scale: float) -> float:
+        """The scale, or the next power of two above it, so that the grid reaches as far."""
+        return 2.0 ** math.ceil(math.log2(scale)) if self.powers_of_two else scale
 
     def _error(self, values: Tensor, weights: Tensor, codes: Tensor, scale: float, zero_point: int) -> float:
         if self.range == "mse":
@@ -193,6 +248,11 @@ def names(side: str) -> tuple[str, str]:
     return f"{side}_scale", f"{side}_zero_point"
 
 
+def _stretch(side: str) -> str:
+    """What a module calls the parameter that is trained: scale * exp(stretch)."""
+    return f"{side}_stretch"
+
+
 def _shrunk(end: float) -> list[float]:
     """Ends of the range that are tried: all of it, and less, by equal factors."""
     if end == 0:
@@ -212,8 +272,8 @@ def _below(scale: float) -> float:
 class Placement:
     """Which values of a flow are quantized, and at which ports."""
 
-    def __init__(self, flow: Flow, keep: tuple[str, ...] = ()) -> None:
-        self.flow, self.keep = flow, keep
+    def __init__(self, flow: Flow, keep: tuple[str, ...] = (), only_read: bool = False) -> None:
+        self.flow, self.keep, self.only_read = flow, keep, only_read
 
     def ports(self) -> list[Port]:
         """In the order in which values pass them."""
@@ -222,10 +282,11 @@ class Placement:
             if not self._computes(operation):
                 continue
             # a linear layer may give floating-point numbers, a convolution in integers gives integers
-            touched = [self._source(operation), *([self._end(operation)] if operation.kind in _CONVOLUTIONS else [])]
+            gives = operation.kind in _CONVOLUTIONS and not self.only_read
+            touched = [self._source(operation), *([self._end(operation)] if gives else [])]
             if all(self._cover(value) is not None for value in touched):
                 wanted.update(dict.fromkeys(touched))
-        grown = True
+        grown = not self.only_read
         while grown:
             before = len(wanted)
             for operation in reversed(self.flow.operations):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, cast
+import math
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pared.lowered import Dequantized
 from pared.numerics import FloatName, as_rows, channel_axis, from_rows, scale_dtype
 from pared.site import Site
 from pared.statistics import Curvature, Kronecker, Statistics
-from pared.technique import Structure, Technique, Tensors
+from pared.technique import StraightThrough, Structure, Technique, Tensors, build
 
 _CLIPS = {bits: (1.15, 0.2, 20) for bits in (2, 3, 4)} | {5: (1.0, 0.43, 20), 6: (1.0, 0.62, 20)}
 _CLIPS |= {bits: (1.0, 0.86, 8) for bits in (7, 8)}
@@ -76,12 +77,20 @@ class Integer(Technique):
     With `rounding: compensated` each weight's rounding error is made good by the weights that are not rounded yet, as the
     second moments of the layer's inputs tell: columns in the order of their inputs' energy, after GPTQ.
 
+    With `steps: learned` the scales are trained along with the weights. For v = s q of one weight w,
+
+    dv/dw = 1 where w / s is in the range, else 0;   dv/ds = q - w / s in the range, q outside;   times 1 / sqrt(n (2**(k-1) - 1))
+
+    for the n weights that share s. Else scales follow the weights in training.
+
     Acts on   every floating-point parameter and buffer of 8 elements or more; a tensor of one axis is one channel.
     Stores    numel * bits + 16 * groups  [bits] before entropy coding;  MACs unchanged.
     Reads     curvature, if there is one.
     Refuses   tensors that would grow.
-    Paper     Jacob et al. 2018, arXiv:1712.05877; compensated rounding: Frantar et al. 2023, arXiv:2210.17323.
-    Differs   symmetric only; scales in float16 and signed.
+    Paper     Jacob et al. 2018, arXiv:1712.05877; compensated rounding: Frantar et al. 2023, arXiv:2210.17323; learned steps:
+              Esser et al. 2020, arXiv:1902.08153.
+    Differs   symmetric only; scales in float16 and signed; learned ones start where they fit best, not at
+              2 mean |w| / sqrt(2**(k-1) - 1), and are trained in the logarithm.
 
     >>> from torch import nn
     >>> Integer(bits=4, group=64).cost(Site.of(nn.Linear(64, 32), "weight")).stored_bits
@@ -92,7 +101,7 @@ class Integer(Technique):
     reads: ClassVar = (Curvature,)
     paper: ClassVar = "arXiv:1712.05877"
     structure_type: ClassVar = IntegerStructure
-    ladder: ClassVar = ({"bits": 8}, {"bits": 5}, {"bits": 3})
+    ladder: ClassVar = ({"bits": 8}, {"bits": 5, "steps": "learned"}, {"bits": 3})
 
     bits: int = Field(default=8, ge=2, le=8, description="bits per weight")
     group: Annotated[int, Field(ge=2)] | Literal["tensor", "channel"] = Field(
@@ -105,7 +114,22 @@ class Integer(Technique):
         default="nearest", description="each weight by itself, or errors made good by later weights (needs data)"
     )
 
+    steps: Literal["fitted", "learned"] = Field(
+        default="fitted", description="in training: scales that follow from the weights, or are trained with them"
+    )
+    keep: str = Field(
+        default="", pattern=r"^[\w.,]*$", description="modules whose tensors stay as they are: their paths, with commas between"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Integer:
+        if self.steps == "learned" and self.rounding == "compensated":
+            raise ValueError("steps: learned trains weights that are rounded each by itself; leave rounding: compensated out")
+        return self
+
     def refuse(self, site: Site) -> str | None:
+        if any(f"{site.path}.".startswith(f"{path}.") for path in self.keep.split(",") if path):
+            return "it is to be kept as it is"
         value = site.tensor
         group = self._group(site)
         rows, columns = _rows(value.shape, channel_axis(site.owner))
@@ -179,9 +203,14 @@ class Integer(Technique):
             cast(Tensor, decoder.codes).copy_(compensated(curvature, site.tensor.float(), full, low, high))
             return
         codes = (rows / scale).round_().clamp_(low, high).to(torch.int8)
-        cast(Tensor, decoder.codes).copy_(
-            codes.reshape(shape) if self.group == "tensor" else from_rows(codes, shape, decoder.axis)
-        )
+        cast(Tensor, decoder.codes).copy_(codes.reshape(shape) if self.group == "tensor" else from_rows(codes, shape, decoder.axis))
+
+    def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
+        if self.steps == "fitted":
+            return StraightThrough(self, site, structure, statistics)
+        parts = build(self, site, structure)
+        self.fit(site, parts, statistics)
+        return Stepped(site.tensor, cast(IntegerDecoder, parts))
 
     def lower(self, parts: nn.Module) -> nn.Module | None:
         decoder = cast(IntegerDecoder, parts)
@@ -215,6 +244,59 @@ class Integer(Technique):
         h = h / h.mean().clamp_min(1e-30) + 1e-3
         h = h.to(value.device)
         return h.reshape(1, -1) if self.group == "tensor" else as_rows(h, decoder.axis)
+
+
+class Stepped(nn.Module):
+    """A trainable weight that is seen as integers with trainable scales."""
+
+    def __init__(self, value: Tensor, parts: IntegerDecoder) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value.clone())
+        self.parts = parts.requires_grad_(False)
+        self.register_buffer("first", parts.scale.detach().to(torch.float32, copy=True))
+        self.stretch = nn.Parameter(torch.zeros_like(cast(Tensor, self.first)))  # scale = first * exp(stretch)
+
+    def scale(self) -> Tensor:
+        """As it will be stored."""
+        return (cast(Tensor, self.first) * self.stretch.exp()).to(self.parts.scale.dtype).to(torch.float32)
+
+    def spread(self) -> Tensor:
+        """The scale of every weight, of the weight's shape."""
+        scale, shape, parts = self.scale(), self.weight.shape, self.parts
+        if scale.numel() == 1:
+            return scale.reshape(()).expand(shape)
+        columns = _rows(shape, parts.axis)[1]
+        return from_rows(scale.repeat_interleave(parts.group, 1)[:, :columns], shape, parts.axis)
+
+    def forward(self, original: Tensor | None = None) -> Tensor:
+        n = self.weight.numel() / self.stretch.numel()
+        value = _Rounded.apply(self.weight.float(), self.spread(), self.parts.bits, n)
+        return cast(Tensor, value).to(self.weight.dtype)
+
+    def settle(self) -> nn.Module:
+        """The parts, with the present scales and codes."""
+        with torch.no_grad():
+            self.parts.scale.copy_(self.scale())
+            codes = (self.weight.float() / self.spread()).round_()
+            cast(Tensor, self.parts.codes).copy_(codes.clamp_(-(2 ** (self.parts.bits - 1)), 2 ** (self.parts.bits - 1) - 1))
+        return self.parts
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, bits: int, n: float) -> Tensor:
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        scaled = weight / scale
+        inside = (scaled >= low) & (scaled <= high)
+        codes = scaled.round().clamp_(low, high)
+        ctx.save_for_backward(inside, codes - inside * scaled)
+        ctx.share = 1 / math.sqrt(n * high)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        inside, error = ctx.saved_tensors
+        return gradient * inside, gradient * error * ctx.share, None, None
 
 
 def compensated(curvature: Curvature, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
