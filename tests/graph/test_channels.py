@@ -11,7 +11,9 @@ from torch import nn
 import pared
 from pared import prune
 from pared.graph.channels import Channels, difference
+from pared.place import everywhere
 from pared.record import Record, attach_
+from pared.statistics import Statistics
 from pared.testing.zeroing import zeroed
 
 
@@ -141,6 +143,22 @@ class Fused(nn.Module):
         q, k, v = qkv.unbind(0)
         y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v if self.by_hand else F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+class Inside(nn.Module):
+    """The heads are joined in the other order than they were taken apart, and the width is that of the whole network."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.qkv, self.proj, self.head = nn.Linear(5, 24), nn.Linear(24, 72), nn.Linear(24, 24), nn.Linear(24, 4)
+        self.num_heads = 3
+
+    def forward(self, x):
+        x = self.inner(x)
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.head(x + self.proj(y.permute(0, 2, 3, 1).reshape(b, n, c)))
 
 
 class Grouped(nn.Module):
@@ -328,6 +346,16 @@ class Stubborn(nn.Module):
 
     def forward(self, x):
         return self.c(self.b(self.a(x).relu()).relu().view(-1, 16))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_heads_are_told_from_their_slots_whatever_the_order_in_which_they_are_joined(heads):
+    torch.manual_seed(0)
+    model, x = Inside().eval(), torch.randn(2, 6, 5)
+    graph = Channels(model, (x,))
+    assert sorted(group.n for group in graph.groups if group.whole) == [3]
+    options, _ = everywhere(model, prune.Channels(keep=0.5, importance="l1", heads=heads), Statistics(), graph)
+    assert [option.site.group.n for option in options] == [3 if heads else 8]
 
 
 def test_what_the_code_does_not_follow_stays_whole_with_a_reason_and_the_rest_goes():

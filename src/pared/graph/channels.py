@@ -99,7 +99,7 @@ class Channels:
     def _find(self) -> None:
         """Channels with the same places in the same tensors form a group."""
         ids = self.axes.ids
-        keys: list[tuple[str, int, np.ndarray, bool]] = []
+        keys: list[tuple[str, int, np.ndarray, int]] = []
         for path, origin in self.axes.origins.items():
             for axis, own in enumerate(origin):
                 if len(own) < 2:
@@ -107,7 +107,8 @@ class Channels:
                 arrays = ids.factors(own)
                 free = [a for a in arrays if ids.free(a)] if len(arrays) > 1 else []
                 for array in arrays:
-                    keys.append((path, axis, array, len(free) > 1 and array is free[0]))
+                    outermost = 0 if len(free) < 2 else 1 if array is free[0] else -1
+                    keys.append((path, axis, array, outermost))
         roots = np.concatenate([array for _, _, array, _ in keys]) if keys else np.zeros(0, np.int64)
         slots = np.concatenate([np.full(len(array), k) for k, (_, _, array, _) in enumerate(keys)]) if keys else roots
         known = roots >= 0
@@ -145,7 +146,8 @@ class Channels:
             places_of[channels] = np.arange(len(channels))
             slices = tuple(Slice(path, axis, places_of[array]) for path, axis, array, _ in places)
             label = name if names[name] == 1 else f"{name}#{names[name]}"
-            self.groups.append(Group(label, len(channels), slices, (), any(whole for *_, whole in places)))
+            whole = sum(outermost for *_, outermost in places) > 0  # some code puts heads inside for once
+            self.groups.append(Group(label, len(channels), slices, (), whole))
         self._add_mends()
         self._add_scales()
 
