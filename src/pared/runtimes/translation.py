@@ -110,6 +110,7 @@ def tidy_(model: Any) -> None:
         if node.op_type in ("Gemm", "MatMul"):
             for value in node.inputs[1:]:
                 _spell_zero(model, value.producer() if value is not None else None)
+    model.graph.sort()  # the exporter's own rewriting can leave a node before what it reads
     _strip(model)
 
 
