@@ -18,7 +18,6 @@ from pared.task import Task
 from pared.testing import Case, cases, net
 from pared.train import train
 
-
 OTHERS = Integer(bits=4, group=16), Integer(bits=6, group="tensor"), Integer(bits=3, rounding="learned")
 
 
