@@ -48,11 +48,12 @@ class Kronecker:
     gradients: Tensor
     as_matrix: Callable[[Tensor], Tensor]
 
-    def quadratic(self, delta: Tensor) -> float:
+    def quadratic(self, delta: Tensor) -> Tensor:
+        """The damage of `delta`, a scalar; differentiable."""
         d = self.as_matrix(delta).to(self.inputs.dtype)
         left = torch.matmul(self.gradients, d) if self.gradients.ndim == 3 else self.gradients[:, :, None] * d
         right = torch.matmul(d, self.inputs) if self.inputs.ndim == 3 else d * self.inputs[:, None, :]
-        return 0.5 * float((left * right).sum(dtype=torch.float64))
+        return 0.5 * (left * right).sum(dtype=torch.float64)
 
     def diagonal(self) -> Tensor:
         """The Hessian's diagonal in matrix form: (groups, m, n)."""
@@ -80,8 +81,9 @@ class Diagonal:
 
     hessian: Tensor
 
-    def quadratic(self, delta: Tensor) -> float:
-        return 0.5 * float((self.hessian * delta.to(self.hessian.dtype) ** 2).sum(dtype=torch.float64))
+    def quadratic(self, delta: Tensor) -> Tensor:
+        """The damage of `delta`, a scalar; differentiable."""
+        return 0.5 * (self.hessian * delta.to(self.hessian.dtype) ** 2).sum(dtype=torch.float64)
 
 
 @dataclass
@@ -98,7 +100,7 @@ class Curvature:
 
     def damage(self, delta: Tensor) -> float:
         """The predicted increase of the loss when the tensor changes by `delta` (of the tensor's shape)."""
-        return sum(term.quadratic(delta) for term in self.terms)
+        return sum(float(term.quadratic(delta)) for term in self.terms)
 
     def diagonal(self) -> Tensor:
         """The Hessian's diagonal, of the tensor's shape: how much each single weight matters."""

@@ -6,19 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pared
 from pared.budget.observe import observe
 from pared.errors import RecipeError
 from pared.place import everywhere, relax_, settle_
 from pared.quantize.integer import Integer, Stepped
 from pared.recipe import load
 from pared.site import Site, install_
-from pared.statistics import Curvature, Diagonal, Statistics
+from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics
 from pared.task import Task
 from pared.testing import Case, cases, net
 from pared.train import train
 
+OTHERS = Integer(bits=4, group=16), Integer(bits=6, group="tensor"), Integer(bits=3, rounding="learned")
 
-@pytest.mark.parametrize("case", cases(Integer(bits=4, group=16), Integer(bits=6, group="tensor")), ids=str)
+
+@pytest.mark.parametrize("case", cases(*OTHERS), ids=str)
 def test_conformance_of_groups(case: Case) -> None:
     case()
 
@@ -213,6 +216,50 @@ def test_two_bits_with_learned_steps_are_trained_to_nearly_what_the_net_was() ->
 
 def accuracy(model: nn.Module, task: Task) -> float:
     return float(torch.cat([(model(x).argmax(1) == y).float() for x, y in task.val]).mean())
+
+
+def damages(name: str, bits: int) -> dict[str, float]:
+    """Of all matrices of a trained net together, by rounding."""
+    found = {}
+    for rounding in ("nearest", "compensated", "learned"):
+        technique, statistics = Integer(bits=bits, tensors="matrices", rounding=rounding), net(name).statistics()
+        sites = [site for site in technique.sites(net(name).copy()) if technique.refuse(site) is None]
+        found[rounding] = sum(technique.damage(s, technique.solve(s, statistics)[1], statistics) or 0.0 for s in sites)
+    return found
+
+
+@pytest.mark.parametrize("name", ["perceptron", "attention", "recurrent"])
+def test_learned_rounding_halves_the_damage_of_the_nearest(name: str) -> None:
+    found = damages(name, 3)
+    assert found["learned"] < 0.5 * found["nearest"], found
+    assert found["learned"] < 1.5 * found["compensated"], found
+
+
+def test_learned_rounding_finds_nearly_the_best_of_all_roundings() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(1, 10), torch.randn(40, 10) @ torch.randn(10, 10)
+    term = Kronecker((x.T @ x / len(x))[None], torch.ones(1, 1, 1), Layout((1, 1, 10), (10, 10, 1)))
+    curvature = Curvature(weight.shape, [term])
+    site, technique = site_of(weight), Integer(bits=3, rounding="learned")
+    parts = technique.solve(site, Statistics({"weight": curvature}))[1]
+    scale = parts.spread().detach()
+    down = (weight / scale).floor()
+    ups = [torch.tensor([[float(number >> i & 1) for i in range(10)]]) for number in range(1024)]
+    every = sorted(curvature.damage((down + up).clamp(-4, 3) * scale - weight) for up in ups)
+    found = curvature.damage(parts().detach() - weight)
+    assert found <= every[10], (found, every[0], every[10], every[512])
+    assert bool(((parts.codes == down.clamp(-4, 3)) | (parts.codes == (down + 1).clamp(-4, 3))).all())
+
+
+def test_learned_rounding_moves_the_outputs_less() -> None:
+    trained = net("recurrent")
+    moved = {}
+    for rounding in ("nearest", "learned"):
+        smaller = pared.apply(trained.model, trained.task, Integer(bits=3, tensors="matrices", rounding=rounding))
+        with torch.no_grad():
+            now, then = (model(trained.inputs).log_softmax(1) for model in (smaller, trained.model))
+        moved[rounding] = float((then.exp() * (then - now)).sum(1).mean())
+    assert moved["learned"] < 0.7 * moved["nearest"], moved
 
 
 def test_learned_steps_do_not_go_with_compensated_rounding() -> None:

@@ -24,6 +24,12 @@ DAMPING = 0.01
 """Of the mean energy of the inputs, added to every one of them before the second moments are inverted."""
 BLOCK = 128
 """Columns whose errors are carried further together."""
+N_ROUNDINGS, RATE, WARM_UP = 500, 0.1, 0.2
+"""Steps in which roundings are learned, their size, and the share of them in which nothing pulls towards an end."""
+PULL, SHARPEST = 10.0, (20.0, 2.0)
+"""How strongly roundings are pulled towards down or up, against the damage of the nearest ones; the exponent, from and to."""
+STRETCH = -0.1, 1.1
+"""The sigmoid's range before it is clipped to [0, 1], so that roundings come to rest at the ends."""
 
 
 class IntegerStructure(Structure):
@@ -77,6 +83,13 @@ class Integer(Technique):
     With `rounding: compensated` each weight's rounding error is made good by the weights that are not rounded yet, as the
     second moments of the layer's inputs tell: columns in the order of their inputs' energy, after GPTQ.
 
+    With `rounding: learned` gradient descent finds out which weights are rounded up, and which down (AdaRound):
+
+    minimise over a   damage(s (floor(w / s) + h) - w) / damage of the nearest + pull * mean(1 - |2 h - 1|**b)
+
+    for h = clamp(1.2 sigmoid(a) - 0.1, 0, 1), b falling from 20 to 2, damage = 1/2 tr(G dW A dW^T): no data are kept for it.
+    In training the weights start as they are rounded.
+
     With `steps: learned` the scales are trained along with the weights. For v = s q of one weight w,
 
     dv/dw = 1 where w / s is in the range, else 0;   dv/ds = q - w / s in the range, q outside;   times 1 / sqrt(n (2**(k-1) - 1))
@@ -87,10 +100,11 @@ class Integer(Technique):
     Stores    numel * bits + 16 * groups  [bits] before entropy coding;  MACs unchanged.
     Reads     curvature, if there is one.
     Refuses   tensors that would grow.
-    Paper     Jacob et al. 2018, arXiv:1712.05877; compensated rounding: Frantar et al. 2023, arXiv:2210.17323; learned steps:
-              Esser et al. 2020, arXiv:1902.08153.
+    Paper     Jacob et al. 2018, arXiv:1712.05877; compensated rounding: Frantar et al. 2023, arXiv:2210.17323; learned
+              rounding: Nagel et al. 2020, arXiv:2004.10568; learned steps: Esser et al. 2020, arXiv:1902.08153.
     Differs   symmetric only; scales in float16 and signed; learned ones start where they fit best, not at
-              2 mean |w| / sqrt(2**(k-1) - 1), and are trained in the logarithm.
+              2 mean |w| / sqrt(2**(k-1) - 1), and are trained in the logarithm. Roundings are learned from the curvature, all
+              examples at once.
 
     >>> from torch import nn
     >>> Integer(bits=4, group=64).cost(Site.of(nn.Linear(64, 32), "weight")).stored_bits
@@ -110,8 +124,8 @@ class Integer(Technique):
     tensors: Literal["all", "matrices"] = Field(
         default="all", description="all, or only those with two axes or more: biases and gains stay as they are"
     )
-    rounding: Literal["nearest", "compensated"] = Field(
-        default="nearest", description="each weight by itself, or errors made good by later weights (needs data)"
+    rounding: Literal["nearest", "compensated", "learned"] = Field(
+        default="nearest", description="each weight by itself; with data: errors made good by later weights, or up and down learned"
     )
 
     steps: Literal["fitted", "learned"] = Field(
@@ -196,21 +210,26 @@ class Integer(Technique):
         scale = decoder.scale.detach().to(torch.float32).repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
         shape = site.tensor.shape
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        curvature = statistics.curvature(site.covers[0]) if self.rounding == "compensated" else None
+        curvature = statistics.curvature(site.covers[0]) if self.rounding != "nearest" else None
         if curvature is not None:
+            rounded = learned if self.rounding == "learned" else compensated
             spread = scale if self.group == "tensor" else decoder.spread().detach()
             full = spread.reshape(shape) if self.group == "tensor" else from_rows(spread, shape, decoder.axis)
-            cast(Tensor, decoder.codes).copy_(compensated(curvature, site.tensor.float(), full, low, high))
+            cast(Tensor, decoder.codes).copy_(rounded(curvature, site.tensor.float(), full, low, high))
             return
         codes = (rows / scale).round_().clamp_(low, high).to(torch.int8)
         cast(Tensor, decoder.codes).copy_(codes.reshape(shape) if self.group == "tensor" else from_rows(codes, shape, decoder.axis))
 
     def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
-        if self.steps == "fitted":
+        if self.steps == "fitted" and self.rounding != "learned":
             return StraightThrough(self, site, structure, statistics)
-        parts = build(self, site, structure)
+        parts = cast(IntegerDecoder, build(self, site, structure))
         self.fit(site, parts, statistics)
-        return Stepped(site.tensor, cast(IntegerDecoder, parts))
+        if self.rounding == "nearest":
+            return Stepped(site.tensor, parts)
+        rounded = Stepped(parts().detach(), parts)  # so that the nearest codes are the learned ones
+        rounded.stretch.requires_grad_(self.steps == "learned")
+        return rounded
 
     def lower(self, parts: nn.Module) -> nn.Module | None:
         decoder = cast(IntegerDecoder, parts)
@@ -311,6 +330,34 @@ def compensated(curvature: Curvature, value: Tensor, scale: Tensor, low: int, hi
     found = codes.reshape(value.shape)
     gains = curvature.damage((found * scale - value).cpu()) <= curvature.damage((nearest * scale - value).cpu())
     return found if gains else nearest
+
+
+def learned(curvature: Curvature, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Codes, of the tensor's shape, rounded down or up such that the damage of all together is small; the nearest ones
+    where nothing better is found."""
+    value, scale = value.cpu(), scale.cpu()
+    down, nearest = (value / scale).floor(), (value / scale).round().clamp(low, high)
+    at_first = curvature.damage(nearest * scale - value)
+    if at_first <= 0:
+        return nearest
+    bottom, top = STRETCH
+    with torch.enable_grad():
+        inside = (value / scale - down).clamp(1e-4, 1 - 1e-4)
+        leaning = torch.logit((inside - bottom) / (top - bottom)).requires_grad_()
+        optimiser = torch.optim.Adam([leaning], RATE)
+        for step in range(N_ROUNDINGS):
+            up = (leaning.sigmoid() * (top - bottom) + bottom).clamp(0, 1)
+            delta = (down + up).clamp(low, high) * scale - value
+            loss = torch.stack([term.quadratic(delta) for term in curvature.terms]).sum() / at_first
+            way = (step / N_ROUNDINGS - WARM_UP) / (1 - WARM_UP)
+            if way >= 0:
+                sharp = SHARPEST[1] + (SHARPEST[0] - SHARPEST[1]) * (1 + math.cos(math.pi * way)) / 2
+                loss = loss + PULL * (1 - (2 * up - 1).abs() ** sharp).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    found = (down + (leaning.detach() > 0)).clamp(low, high)
+    return found if curvature.damage(found * scale - value) < at_first else nearest
 
 
 def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
