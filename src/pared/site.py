@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -13,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from pared.cut import Cut, Group
-from pared.errors import InputError
+from pared.errors import InputError, RecipeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,6 +324,15 @@ def _recode_(model: nn.Module, coded: Mapping[str, nn.Module]) -> set[int]:
             held.decoder = coded[path] if path in coded else Held(cast(Tensor, getattr(module, name)).detach().clone())
             held.cache = False
     return set(found)
+
+
+def check_layers(model: nn.Module, patterns: str, setting: str) -> None:
+    """Raise a RecipeError unless each of the patterns, with commas between, is the path of a module."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in filter(None, patterns.split(",")):
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise RecipeError(f"{setting} must name layers: no layer is called {pattern}; near it are {', '.join(near)}")
 
 
 def duplicate(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from pared import Task, quantize, sources, structure
 from pared.errors import ExportError, RecipeError
 from pared.quantize.fixed_point import FixedPoint
 from pared.recipe import load
-from pared.runtimes.fixed_point import compute, exact, rounded
+from pared.runtimes.fixed_point import Fixed, _dequantize, _linear, compute, exact, rounded
 from pared.site import Site
 from pared.statistics import Curvature, Diagonal, Statistics
 
@@ -172,3 +172,16 @@ def test_a_file_with_codes_out_of_range_is_refused() -> None:
     parts.codes[0, 0] = 8
     with pytest.raises(ValueError, match=r"codes must lie in \[-8, 7\]"):
         parts.check()
+
+
+def test_integers_that_grow_too_large_are_named():
+    assert rounded(np.array([5, -5]), 122).tolist() == [0, 0]
+    for work in (
+        lambda: rounded(np.array([3]), -63),
+        lambda: _linear(Fixed(np.full((1, 4), 2**40), 0), Fixed(np.full((2, 4), 2**30), 0)),
+        lambda: _dequantize(Fixed(np.array([[100], [50]]), 0), torch.tensor([2.0**-8, 2.0**-80]), None, 0, 0, 8),
+    ):
+        with pytest.raises(ExportError, match="below 62 bits"):
+            work()
+    same = _dequantize(Fixed(np.array([[100], [50]]), 0), torch.tensor([2.0**-8, 2.0**-10]), None, 0, 0, 8)
+    assert same.numbers().ravel().tolist() == [100 / 256, 50 / 1024]

@@ -94,3 +94,17 @@ def test_bad_settings_are_told_in_one_line() -> None:
     told = r'quantize.float.format must be "float16", "bfloat16", "float8_e4m3" or "float8_e5m2", got \'fp8\' \(recipe, step 1\)'
     with pytest.raises(RecipeError, match=told):
         load({"steps": [{"quantize.float": {"format": "fp8"}}]})
+
+
+def test_what_is_no_number_is_refused():
+    site, technique = Site.of(nn.Linear(8, 8), "weight"), Float(format="float8_e4m3", group="channel")
+    decoder = technique.build(site, technique.decide(site, Statistics()))
+    technique.fit(site, decoder, Statistics())
+    decoder.check()
+    decoder.exponent[0] = -128
+    with pytest.raises(ValueError, match="exponents must lie within"):
+        decoder.check()
+    decoder.exponent[0] = 0
+    decoder.codes[0, 0] = 0x7F
+    with pytest.raises(ValueError, match="finite"):
+        decoder.check()

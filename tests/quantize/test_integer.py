@@ -1,5 +1,6 @@
 """Integers against brute force: every scale on a fine grid, refined."""
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import pytest
@@ -272,3 +273,15 @@ def test_modules_that_are_kept_are_those_named_and_what_is_in_them() -> None:
     technique = Integer(keep="stem,body")
     taken = [site.path for site in technique.sites(model) if technique.refuse(site) is None and site.tensor.ndim == 2]
     assert taken == ["stem2.weight"]
+
+
+def test_a_module_to_keep_that_is_not_there_is_named_with_its_like():
+    with pytest.raises(RecipeError, match="no layer is called haed; near it are head"):
+        list(Integer(keep="haed").sites(nn.Sequential(OrderedDict(head=nn.Linear(4, 4)))))
+
+
+def test_a_tied_tensor_is_kept_by_any_of_its_names():
+    net = nn.Sequential(OrderedDict(embed=nn.Embedding(8, 8), head=nn.Linear(8, 8, bias=False)))
+    net.head.weight = net.embed.weight
+    (site,) = Integer(keep="head").sites(net)
+    assert Integer(keep="head").refuse(site) is not None and Integer(keep="other").refuse(site) is None

@@ -131,3 +131,31 @@ def test_bad_settings_are_told_in_one_line() -> None:
         RecipeError, match=r'quantize.ternary.scales must be "fitted" or "learned", got \'both\' \(recipe, step 1\)'
     ):
         load({"steps": [{"quantize.ternary": {"scales": "both"}}]})
+
+
+@pytest.mark.parametrize("code", [-128, -2, 2])
+def test_codes_of_a_damaged_file_are_refused(code):
+    site = Site.of(nn.Linear(8, 8), "weight")
+    decoder = Ternary().build(site, Ternary().decide(site, Statistics()))
+    decoder.check()
+    decoder.codes[0, 0, 0] = code
+    with pytest.raises(ValueError, match="codes must be -1, 0 or 1"):
+        decoder.check()
+
+
+def test_a_large_weight_among_zeros_is_stored_as_a_number():
+    layer = nn.Linear(8, 2, bias=False)
+    layer.weight.data.zero_()[0, 3] = 2e5
+    site = Site.of(layer, "weight")
+    decoder = Ternary().build(site, Ternary().decide(site, Statistics()))
+    Ternary().fit(site, decoder, Statistics())
+    torch.testing.assert_close(decoder(), layer.weight.data)
+
+
+def test_a_sign_without_weights_starts_where_the_other_is():
+    layer = nn.Linear(8, 2, bias=False)
+    layer.weight.data.abs_()
+    site, technique = Site.of(layer, "weight"), Ternary(scales="learned", group="tensor")
+    decoder = technique.build(site, technique.decide(site, Statistics()))
+    technique.fit(site, decoder, Statistics())
+    assert decoder.scale[0, 1, 0] == decoder.scale[0, 0, 0] > 0

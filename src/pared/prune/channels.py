@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast
@@ -13,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pared.cut import Coordinates, CutStructure, Group, Slice
-from pared.errors import InputError, RecipeError
-from pared.site import Site
+from pared.errors import InputError
+from pared.site import Site, check_layers
 from pared.statistics import Curvature, Kronecker, Responses, Statistics
 from pared.technique import Cost, Groups, Technique, value_at
 
@@ -76,11 +75,8 @@ class Channels(Technique):
 
     def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:
         found = list(super().sites(model, graph))
-        names = [name for name, _ in model.named_modules() if name]
-        for pattern in filter(None, self.protect.split(",")):
-            if found and not fnmatch.filter(names, pattern):
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-                raise RecipeError(f"protect must name layers: no layer is called {pattern}; near it are {', '.join(near)}")
+        if found:
+            check_layers(model, self.protect, "protect")
         for site in found:
             group = cast(Group, site.group)
             if group.whole == self.heads or not (group.whole or _lies_in_blocks(group, found)):
@@ -153,7 +149,7 @@ class Channels(Technique):
         score = np.zeros(group.n)
         held = dict(site.root.named_parameters(remove_duplicate=False))
         for piece in group.slices:
-            value = site.tensor_at(piece.path).detach().double().movedim(piece.axis, 0)
+            value = site.tensor_at(piece.path).detach().double().cpu().movedim(piece.axis, 0)
             value = value.reshape(len(value), -1)
             mine = piece.channel >= 0
             if self.importance == "batch_norm":

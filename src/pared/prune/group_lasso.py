@@ -128,6 +128,8 @@ class Proximal(nn.Module):
         self.n, self.pieces = n, pieces
         self.weights = nn.ParameterList(weight for weight, _ in weights)
         self.axes = [piece.axis for _, piece in weights]
+        self.alive: Tensor
+        self.register_buffer("alive", torch.ones(n))
         for k, (_, piece) in enumerate(weights):
             self.register_buffer(f"channel{k}", torch.as_tensor(piece.channel) % (n + 1), persistent=False)  # -1 comes last
 
@@ -137,7 +139,7 @@ class Proximal(nn.Module):
         for k, (weight, axis) in enumerate(zip(self.weights, self.axes)):
             places = weight.detach().float().square().movedim(axis, 0).reshape(weight.shape[axis], -1).sum(1)
             squares = squares.index_add(0, getattr(self, f"channel{k}"), places)
-        norms = squares[:-1].sqrt()
+        norms = squares[:-1].sqrt() * self.alive
         return norms / norms.mean().clamp_min(1e-20)
 
     def forward(self, price: Tensor, draws: bool) -> Tensor:
@@ -153,6 +155,7 @@ class Proximal(nn.Module):
     def adopt_(self, price: Tensor) -> None:
         """One proximal step."""
         factor = self._shrunk(price)
+        self.alive.mul_(factor > 0)  # for good: an optimiser's momentum moves weights that are zero, too
         factor = torch.cat([factor, factor.new_ones(1)])
         for k, (weight, axis) in enumerate(zip(self.weights, self.axes)):
             shape = [1] * weight.ndim

@@ -99,7 +99,7 @@ class Binary(Technique):
         if site.tensor.is_meta:
             return BinaryStructure()
         means = self._rows(site).abs().mean(1)
-        return BinaryStructure(scales=scale_dtype(means * 0.5 ** (self.terms - 1)))
+        return BinaryStructure(scales=scale_dtype(torch.cat([means, means * 0.5 ** (self.terms - 1)])))
 
     def build(self, site: Site, structure: Structure) -> BinaryDecoder:
         value, scales = site.tensor, cast(BinaryStructure, structure).scales

@@ -19,6 +19,8 @@ FORMATS = {
     "float8_e4m3": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }
+_LARGEST = 126
+"""Exponents up to here are those of ordinary float32 numbers."""
 FormatName = Literal["float16", "bfloat16", "float8_e4m3", "float8_e5m2"]
 
 
@@ -44,6 +46,13 @@ class FloatDecoder(nn.Module):
         elif len(cast(Tensor, self.exponent)) > 1:
             value = from_rows(as_rows(value, self.axis) * self.scale()[:, None], codes.shape, self.axis)
         return value.to(self.dtype)
+
+    def check(self) -> None:
+        exponent = cast(Tensor, self.exponent)
+        if len(exponent) and not -_LARGEST <= int(exponent.min()) <= int(exponent.max()) <= _LARGEST:
+            raise ValueError(f"exponents must lie within {_LARGEST}, found {int(exponent.min())} to {int(exponent.max())}")
+        if not bool(torch.isfinite(cast(Tensor, self.codes).view(self.form).to(torch.float32)).all()):
+            raise ValueError("codes must stand for finite numbers")
 
 
 class Float(Technique):

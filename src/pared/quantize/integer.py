@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pared.lowered import Dequantized
 from pared.numerics import FloatName, as_rows, channel_axis, from_rows, scale_dtype
-from pared.site import Site
+from pared.site import Site, check_layers
 from pared.statistics import Curvature, Kronecker, Statistics
 from pared.technique import StraightThrough, Structure, Technique, Tensors, build
 
@@ -141,8 +142,13 @@ class Integer(Technique):
             raise ValueError("steps: learned trains weights that are rounded each by itself; leave rounding: compensated out")
         return self
 
+    def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:
+        check_layers(model, self.keep, "keep")
+        return super().sites(model, graph)
+
     def refuse(self, site: Site) -> str | None:
-        if any(f"{site.path}.".startswith(f"{path}.") for path in self.keep.split(",") if path):
+        kept = [f"{path}." for path in self.keep.split(",") if path]
+        if any(f"{path}.".startswith(tuple(kept)) for path in site.paths):
             return "it is to be kept as it is"
         value = site.tensor
         group = self._group(site)

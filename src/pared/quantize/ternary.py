@@ -49,7 +49,7 @@ class TernaryDecoder(nn.Module):
 
     def check(self) -> None:
         codes = cast(Tensor, self.codes)
-        if codes.numel() and int(codes.abs().max()) > 1:
+        if codes.numel() and not -1 <= int(codes.min()) <= int(codes.max()) <= 1:
             raise ValueError(f"codes must be -1, 0 or 1, found {int(codes.min())} to {int(codes.max())}")
 
 
@@ -102,8 +102,8 @@ class Ternary(Technique):
     def decide(self, site: Site, statistics: Statistics) -> TernaryStructure:
         if site.tensor.is_meta:
             return TernaryStructure()
-        means = _as_rows(site.tensor.float(), channel_axis(site.owner), self._n_rows(site)).abs().mean(1)
-        return TernaryStructure(scales=scale_dtype(means * 0.5 ** (self.terms - 1)))
+        rows = _as_rows(site.tensor.float(), channel_axis(site.owner), self._n_rows(site)).abs()
+        return TernaryStructure(scales=scale_dtype(torch.cat([rows.amax(1), rows.mean(1) * 0.5 ** (self.terms - 1)])))
 
     def build(self, site: Site, structure: Structure) -> TernaryDecoder:
         value, scales = site.tensor, cast(TernaryStructure, structure).scales
@@ -123,6 +123,9 @@ class Ternary(Technique):
                 mass = _as_rows(importance * side, decoder.axis, n_rows).sum(1)
                 total = _as_rows(importance * side * rest.abs(), decoder.axis, n_rows).sum(1)
                 decoder.scale.data[term, number] = total / mass.clamp_min(1e-30)
+            if self._n_sides == 2:  # a sign that no weight has yet starts at the other's scale: from zero nothing is learnt
+                scale = decoder.scale.data[term]
+                scale.copy_(torch.where(scale > 0, scale, scale.flip(0)))
             cast(Tensor, decoder.codes)[term] = codes
             rest = rest - decoder.term(term, codes, decoder.scale.detach())
 

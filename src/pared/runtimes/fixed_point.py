@@ -31,10 +31,8 @@ class Fixed:
     fraction: int
 
     def at(self, fraction: int) -> Integers:
-        """The integers with at least as many fraction bits: a shift to the left."""
-        if np.abs(self.integers).max(initial=0) * 2.0 ** (fraction - self.fraction) >= _LARGEST:
-            raise ExportError(f"numbers with {self.fraction} and {fraction} fraction bits meet: together they exceed 64 bits")
-        return self.integers << (fraction - self.fraction)
+        """The integers with at least as many fraction bits."""
+        return _shifted(self.integers, fraction - self.fraction)
 
     def numbers(self) -> NDArray[np.float64]:
         return np.ldexp(self.integers.astype(np.float64), -self.fraction)
@@ -63,7 +61,10 @@ def compute(model: nn.Module, inputs: Tensor) -> Fixed:
                 raise ExportError(f"fixed point has no operator {name}; it has {', '.join(sorted(_OPERATORS))}")
             args = torch.fx.node.map_arg(node.args, values.__getitem__)
             kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-            values[node] = _OPERATORS[name](*args, **kwargs)
+            try:
+                values[node] = _OPERATORS[name](*args, **kwargs)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ExportError(f"fixed point cannot compute {name} with these arguments: {error}") from error
         else:
             (result,) = node.args[0]
             return _fixed(values[result])
@@ -86,10 +87,30 @@ def exact(value: Tensor) -> Fixed:
 def rounded(numbers: Integers, bits: int) -> Integers:
     """numbers / 2**bits to the nearest integer, halves to the even one: a shift to the right and a comparison."""
     if bits <= 0:
-        return numbers << -bits
+        return _shifted(numbers, -bits)
+    if bits > 62:  # |numbers| < 2**62, so these are less than a half
+        return np.zeros_like(numbers)
     down = numbers >> bits
     rest, half = numbers - (down << bits), np.int64(1) << (bits - 1)
     return down + ((rest > half) | ((rest == half) & (down & 1 == 1)))
+
+
+def _shifted(numbers: Integers, bits: Any) -> Integers:
+    """numbers * 2**bits, a shift to the left; bits are whole numbers of at least zero, one or an array."""
+    if (_size(numbers) * np.exp2(np.asarray(bits, np.float64))).max(initial=0) >= _LARGEST:
+        raise ExportError(f"numbers that are shifted by {int(np.max(bits))} bits must stay below 62 bits; use fewer fraction bits")
+    return np.where(numbers == 0, 0, numbers << np.minimum(bits, 62))
+
+
+def _size(numbers: Integers) -> NDArray[np.float64]:
+    return np.abs(numbers.astype(np.float64))
+
+
+def _check_sums(x: Integers, weight: Integers) -> None:
+    """Whether sums of products, a row of the weight with as many inputs, stay below 62 bits."""
+    rows = _size(weight).reshape(len(weight), -1).sum(1)
+    if _size(x).max(initial=0) * rows.max(initial=0) >= _LARGEST:
+        raise ExportError("sums of products must stay below 62 bits; use fewer fraction bits")
 
 
 def _fixed(value: Any) -> Fixed:
@@ -122,7 +143,7 @@ def _dequantize(codes: Any, scale: Tensor, zero_point: Tensor | None, axis: int,
         raise ExportError("fixed point has scales per tensor or channel, none for groups of weights")
     fractions = [_fraction(one) for one in scale]
     shifts = np.array([max(fractions) - one for one in fractions], dtype=np.int64)
-    return Fixed(whole << shifts.reshape([-1 if i == axis else 1 for i in range(whole.ndim)]), max(fractions))
+    return Fixed(_shifted(whole, shifts.reshape([-1 if i == axis else 1 for i in range(whole.ndim)])), max(fractions))
 
 
 def _with_bias(products: Integers, fraction: int, bias: Any, axis: int) -> Fixed:
@@ -135,6 +156,7 @@ def _with_bias(products: Integers, fraction: int, bias: Any, axis: int) -> Fixed
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Fixed:
     x, weight = _fixed(x), _fixed(weight)
+    _check_sums(x.integers, weight.integers)
     return _with_bias(x.integers @ weight.integers.T, x.fraction + weight.fraction, bias, x.integers.ndim - 1)
 
 
@@ -142,6 +164,7 @@ def _conv2d(
     x: Any, weight: Any, bias: Any = None, stride: Any = (1, 1), padding: Any = (0, 0), dilation: Any = (1, 1), groups: int = 1
 ) -> Fixed:
     x, weight = _fixed(x), _fixed(weight)
+    _check_sums(x.integers, weight.integers)
     (top, left), (down, right), (dy, dx) = _pair(padding), _pair(stride), _pair(dilation)
     padded = np.pad(x.integers, ((0, 0), (0, 0), (top, top), (left, left)))
     n_out, n_in, height, width = weight.integers.shape

@@ -53,9 +53,9 @@ def table(opset: int) -> dict[Any, Callable[..., Any]]:
             raise ExportError(f"causal or grouped attention over {rank} axes has no form in ONNX; it needs four axes")
         transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = op.Mul(op.MatMul(query, transposed), op.Constant(value_float=factor))
+        scores = op.Mul(op.MatMul(query, transposed), op.CastLike(op.Constant(value_float=factor), query))
         if attn_mask is not None and attn_mask.dtype == BOOL:
-            scores = op.Where(attn_mask, scores, op.Constant(value_float=float("-inf")))
+            scores = op.Where(attn_mask, scores, op.CastLike(op.Constant(value_float=float("-inf")), query))
         elif attn_mask is not None:
             scores = op.Add(scores, attn_mask)
         return op.MatMul(op.Softmax(scores, axis=-1), value)
