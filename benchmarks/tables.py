@@ -218,10 +218,43 @@ def channels(found: Any) -> list[tuple[str, str]]:
     return rows
 
 
+def coverage(found: Any) -> list[tuple[str, str]]:
+    """Counts by the marks that benchmarks/zoo.py writes into docs/coverage.md."""
+    timm = [row for row in found if len(row.get("input", ())) == 4 and row["name"] != "vit"]
+    told = []
+    for kind, rows in (("families of timm", timm), ("transformers and recurrent nets", [r for r in found if r not in timm])):
+        share = [r for r in rows if "after" in r and all(r["after"][k] <= 0.7 * r["before"][k] for k in ("parameters", "macs"))]
+        exact = [r for r in share if r["oracle"] <= 1e-4 and isinstance(r["load"], float) and r["load"] <= 1e-4]
+        onnx = [r for r in exact if isinstance(r["onnx"], float) and r["onnx"] <= 1e-3]
+        told.append(f"{len(share)} of {len(rows)} {kind} lose at least 30 % of parameters and MACs, {len(exact)} come back from "
+                    f"their file the same, {len(onnx)} agree in ONNX Runtime")  # fmt: skip
+    return [("Half of all channels, random weights, no code per model", "; ".join(told))]
+
+
+LOW_BITS = {
+    "w4a4": "4-bit weights and activations, learned steps, small residual network",
+    "w2a2": "2-bit weights and activations, learned steps, small residual network",
+    "binary": "Binary weights, LeNet-5",
+    "mixed": "Binary to 8 bits by layer, 1.5 bits per weight asked, LeNet-5",
+}
+
+
+def low_bits(found: Any) -> list[tuple[str, str]]:
+    return [
+        (
+            f"{LOW_BITS[name]}, 1 seed",
+            f"test accuracy {row['accuracy_before']:.2f} → {row['accuracy_after']:.2f} %; {row['bits_per_weight']:.2f} bits per "
+            "weight, the whole file",
+        )
+        for name, row in found.items()
+    ]
+
+
 SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "lenet_300_100": lenet("LeNet-300-100"),
     "lenet_5": lenet("LeNet-5"),
     "channels": channels,
+    "coverage": coverage,
     "coders": coders,
     "damage": damage,
     "allocation": allocation,
@@ -232,6 +265,7 @@ SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "strangers": strangers,
     "kill": kill,
     "int8": int8,
+    "low_bits": low_bits,
     "codec-lenet_300_100": codec("LeNet-300-100"),
     "codec-lenet_5": codec("LeNet-5"),
     "codec-small_resnet": codec("Small residual network, Fashion-MNIST"),
