@@ -68,7 +68,8 @@ def gather(
         program: its graph; traced from the first calibration batch when None.
         n_examples: at most so many examples; when None 512, fewer (not below 32) where one takes more than 4e8 MACs.
         seed: of the random signs and positions.
-        shrink: move the moments towards the same for all directions, as far as two halves of the data disagree.
+        shrink: move the moments towards the same for all directions, as far as two halves of the data disagree; where the
+            data come in one part only, they stay as they are.
 
     Raises:
         TraceError: the model has no graph.
@@ -93,7 +94,7 @@ class _Calibration:
         self.shrink = shrink
         self.total = sum(batch_size(batch) for batch in batches)
         self.thrifty = thrifty
-        self.n_seen = 0
+        self.n_seen = self.n_parts = 0
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         # leaves of their own: the model's parameters keep their gradients and flags
         leaves: dict[int, Tensor] = {}
@@ -125,8 +126,8 @@ class _Calibration:
 
     @property
     def half(self) -> int:
-        """Which half of the data an example belongs to: eight runs of neighbours, which may be alike, in turn."""
-        return 8 * self.n_seen // max(1, self.total) % 2
+        """Which half of the data this part belongs to: about eight runs of neighbours, which may be alike, in turn."""
+        return self.n_parts // max(1, self.total // (8 * (self.part_size or batch_size(self.batches[0])))) % 2
 
     def run(self, progress: Progress) -> Statistics:
         twin = Interpreted(self.program, self.root, self._observe).eval()
@@ -137,6 +138,7 @@ class _Calibration:
                 self._propagate(self.task.outputs(twin, part), part)
                 self._collect()
                 self.n_seen += self.n_now
+                self.n_parts += 1
                 progress({"doing": "calibrating", "done": min(self.n_seen, self.total), "total": self.total})
                 if self.n_seen >= self.total:
                     return self._statistics()
