@@ -29,7 +29,8 @@ import torch
 torch.set_num_threads(1)
 torch.manual_seed(0)
 LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+for name in ("nms", "qnms"):
+    LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import timm
 model = timm.create_model(sys.argv[1]).eval()
 x = torch.randn(2, 3, 224, 224)
