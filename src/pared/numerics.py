@@ -39,6 +39,16 @@ def as_rows(tensor: Tensor, axis: int) -> Tensor:
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
+def scale_rows(tensor: Tensor, axis: int, n_rows: int) -> Tensor:
+    """(n_rows, everything else): what shares a scale, the whole tensor or a channel."""
+    return tensor.reshape(1, -1) if n_rows == 1 else as_rows(tensor, axis)
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 as it comes back from another type, with the gradient of the scale as it is."""
+    return scale + (scale.to(dtype).to(torch.float32) - scale).detach()
+
+
 def from_rows(rows: Tensor, shape: torch.Size, axis: int) -> Tensor:
     """The inverse of `as_rows`."""
     if len(shape) < 2:

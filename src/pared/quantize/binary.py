@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pared.lowered import Dequantized
-from pared.numerics import FloatName, as_rows, channel_axis, scale_dtype
+from pared.numerics import FloatName, channel_axis, scale_dtype, scale_rows
 from pared.site import Site
 from pared.statistics import Curvature, Statistics
 from pared.technique import Structure, Technique, Tensors, build
@@ -123,7 +123,7 @@ class Binary(Technique):
         return 1 if self.group == "tensor" else site.tensor.shape[channel_axis(site.owner)]
 
     def _rows(self, site: Site) -> Tensor:
-        return _as_rows(site.tensor.float(), channel_axis(site.owner), self._n_rows(site))
+        return scale_rows(site.tensor.float(), channel_axis(site.owner), self._n_rows(site))
 
     def _importance(self, site: Site, statistics: Statistics) -> Tensor:
         """(rows, columns)"""
@@ -131,7 +131,7 @@ class Binary(Technique):
         rows = self._rows(site)
         if curvature is None:
             return torch.ones_like(rows)
-        h = _as_rows(curvature.diagonal().to(rows.device), channel_axis(site.owner), len(rows))
+        h = scale_rows(curvature.diagonal().to(rows.device), channel_axis(site.owner), len(rows))
         return h / h.mean().clamp_min(1e-30) + 1e-3
 
 
@@ -167,14 +167,11 @@ class Signed(nn.Module):
         return self.parts
 
 
-def _as_rows(value: Tensor, axis: int, n_rows: int) -> Tensor:
-    return value.reshape(1, -1) if n_rows == 1 else as_rows(value, axis)
-
 
 def _fit(decoder: BinaryDecoder, value: Tensor, importance: Tensor) -> None:
     rest = value.float()
     for term in range(len(decoder.scale)):
-        sizes = _as_rows(rest.abs(), decoder.axis, len(importance))
+        sizes = scale_rows(rest.abs(), decoder.axis, len(importance))
         decoder.scale.data[term] = (importance * sizes).sum(1) / importance.sum(1)
         positive, scale = rest >= 0, decoder.spread(term).detach()
         cast(Tensor, decoder.signs)[term] = positive

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pared.lowered import Dequantized
-from pared.numerics import FloatName, as_rows, channel_axis, from_rows, scale_dtype
+from pared.numerics import FloatName, as_rows, channel_axis, from_rows, scale_dtype, stored
 from pared.site import Site, check_layers
 from pared.statistics import Curvature, Kronecker, Statistics
 from pared.technique import StraightThrough, Structure, Technique, Tensors, build
@@ -283,7 +283,7 @@ class Stepped(nn.Module):
 
     def scale(self) -> Tensor:
         """As it will be stored."""
-        return (cast(Tensor, self.first) * self.stretch.exp()).to(self.parts.scale.dtype).to(torch.float32)
+        return stored(cast(Tensor, self.first) * self.stretch.exp(), self.parts.scale.dtype)
 
     def spread(self) -> Tensor:
         """The scale of every weight, of the weight's shape."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pared.lowered import Dequantized, LookedUp
-from pared.numerics import FloatName, as_rows, channel_axis, from_rows, scale_dtype
+from pared.numerics import FloatName, channel_axis, from_rows, scale_dtype, scale_rows, stored
 from pared.site import Site
 from pared.statistics import Curvature, Statistics
 from pared.technique import StraightThrough, Structure, Technique, Tensors, build
@@ -102,7 +102,7 @@ class Ternary(Technique):
     def decide(self, site: Site, statistics: Statistics) -> TernaryStructure:
         if site.tensor.is_meta:
             return TernaryStructure()
-        rows = _as_rows(site.tensor.float(), channel_axis(site.owner), self._n_rows(site)).abs()
+        rows = scale_rows(site.tensor.float(), channel_axis(site.owner), self._n_rows(site)).abs()
         return TernaryStructure(scales=scale_dtype(torch.cat([rows.amax(1), rows.mean(1) * 0.5 ** (self.terms - 1)])))
 
     def build(self, site: Site, structure: Structure) -> TernaryDecoder:
@@ -120,8 +120,8 @@ class Ternary(Technique):
             codes = self.codes(rest, decoder.axis, n_rows)
             for number in range(self._n_sides):
                 side = codes != 0 if self._n_sides == 1 else codes == 1 - 2 * number
-                mass = _as_rows(importance * side, decoder.axis, n_rows).sum(1)
-                total = _as_rows(importance * side * rest.abs(), decoder.axis, n_rows).sum(1)
+                mass = scale_rows(importance * side, decoder.axis, n_rows).sum(1)
+                total = scale_rows(importance * side * rest.abs(), decoder.axis, n_rows).sum(1)
                 decoder.scale.data[term, number] = total / mass.clamp_min(1e-30)
             if self._n_sides == 2:  # a sign that no weight has yet starts at the other's scale: from zero nothing is learnt
                 scale = decoder.scale.data[term]
@@ -131,7 +131,7 @@ class Ternary(Technique):
 
     def codes(self, value: Tensor, axis: int, n_rows: int) -> Tensor:
         """-1, 0 or 1 for each element."""
-        rows = _as_rows(value, axis, n_rows)
+        rows = scale_rows(value, axis, n_rows)
         signs = rows.sign() * (rows.abs() > self.threshold * rows.abs().mean(1, keepdim=True))
         return (signs.reshape(value.shape) if n_rows == 1 else from_rows(signs, value.shape, axis)).to(torch.int8)
 
@@ -176,7 +176,7 @@ class Scaled(nn.Module):
 
     def scale(self) -> Tensor:
         """As it will be stored."""
-        return (cast(Tensor, self.first) * self.stretch.exp()).to(self.parts.scale.dtype).to(torch.float32)
+        return stored(cast(Tensor, self.first) * self.stretch.exp(), self.parts.scale.dtype)
 
     def forward(self, original: Tensor | None = None) -> Tensor:
         parts, scale = self._encoded(), self.scale()
@@ -200,6 +200,3 @@ class Scaled(nn.Module):
             self.parts.scale.copy_(self.scale())
         return self._encoded()
 
-
-def _as_rows(value: Tensor, axis: int, n_rows: int) -> Tensor:
-    return value.reshape(1, -1) if n_rows == 1 else as_rows(value, axis)
