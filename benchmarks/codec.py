@@ -77,7 +77,7 @@ def accuracy_of(batches: Any) -> Callable[[nn.Module], float]:
 def classifier(name: str, module: str, data: str, levels: tuple[float, ...], slope: float, qps: range) -> Case:
     net = getattr(import_module(module), f"{name}_trained")().eval()
     task = sources.data(data).task
-    slopes = [slope * 2**k for k in range(8)]
+    slopes = [slope * 2**k for k in range(10)]
     n_examples = 2048 if data == "fashion-mnist" else None
     return Case(net, task, accuracy_of(list(task.test)), "test accuracy, %", levels, slopes, list(qps), n_examples)
 
