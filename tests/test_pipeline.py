@@ -245,6 +245,25 @@ def test_warnings_of_a_good_run_are_none(net, task):
         pared.compress(net, task, RECIPE, size="6x", train=False)
 
 
+def test_a_network_without_graph_is_compressed_all_the_same_and_loads_into_its_class(net, task, tmp_path):
+    class Early(Net):
+        def forward(self, x):
+            return super().forward(x) if bool(x.sum() > -1e9) else x.flatten(1)[:, :10]
+
+    early = Early().eval()
+    early.load_state_dict(net.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = pared.compress(early, task, RECIPE, size="8x", train=False)
+        result.save(tmp_path / "early.pared")
+    assert result.met
+    assert any("holds no program" in line and "Early" in line for line in result.data["warnings"])
+    with pytest.raises(pared.ArtifactError, match="holds no program"):
+        pared.load(tmp_path / "early.pared")
+    loaded, x = pared.load(tmp_path / "early.pared", Early().eval()), next(iter(task.val))[0]
+    assert torch.equal(loaded(x), result.model(x))
+
+
 def test_training_learns_from_the_teachers_given(net, task):
     asked = []
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from pared.budget.target import Target
+from pared.graph import Program
 from pared.place import Progress
 from pared.recipe import Recipe, Step
 from pared.runfolder import RunFolder
@@ -26,6 +27,7 @@ class Job:
         teachers: what is distilled from.
         base: a copy to work on, whose reparametrised weights are plain.
         bakes: the edits that did this.
+        program: of the base; None where it has no graph, and so no file of it a program.
         task: data, loss and metric.
         recipe: what may be done.
         asked: the budget as it was written.
@@ -48,6 +50,7 @@ class Job:
     teachers: list[nn.Module]
     base: nn.Module
     bakes: list[Edit]
+    program: Program | None
     task: Task
     recipe: Recipe
     asked: dict[str, Any]

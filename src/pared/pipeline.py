@@ -22,7 +22,8 @@ from pared import recipe as recipes
 from pared.budget.calibrate import gather
 from pared.budget.probe import corrected
 from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
-from pared.errors import BudgetError, InputError
+from pared.errors import BudgetError, InputError, TraceError
+from pared.graph import Program, trace
 from pared.job import Job
 from pared.measurement import Measurement, measure
 from pared.measurement.compute import compute
@@ -54,6 +55,8 @@ class Result:
         refusals: sites that techniques left alone, with reasons.
         met: whether the whole budget is met.
         data: everything that the report shows, with the keys of docs/report.md.
+        store: how the file's coder chooses.
+        program: whether the file holds the program; False where the model has no graph.
     """
 
     model: nn.Module
@@ -64,10 +67,11 @@ class Result:
     met: bool
     data: dict[str, Any]
     store: str = "smallest"
+    program: bool = True
 
     def save(self, path: str | Path) -> None:
         """Write the compressed model as one file."""
-        artifact.save(self.model, path, store=self.store)
+        artifact.save(self.model, path, store=self.store, program=self.program)
 
     def report(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML page."""
@@ -125,6 +129,8 @@ def compress(
     job = _job(model, task, chosen, asked, train, out, seed, teachers, store or chosen.store, progress, command, started)
     job.say(f"budget: {', '.join(f'{k} {v}' for k, v in job.asked.items() if v is not None)}")
     job.say(f"recipe:\n{job.recipe.to_yaml()}")
+    for line in job.warnings:
+        job.say(line)
     reference = job.timed("evaluate", lambda: quality_of(job.original, job))
     statistics = job.timed("calibrate", lambda: _statistics(job))
     if not job.steps:
@@ -164,6 +170,7 @@ def _job(
     for technique in recipe.parts()[0]:
         bakes += over_the_network(base, technique, task, example, say)
     trainable_(base)
+    program, reason = _program(base, example)
     target, total_macs = _target(asked, original, n_bytes, task, example)
     teachers = [duplicate(teacher).eval().requires_grad_(False) for teacher in teachers or ()] or [original]
     identity = _identity(original, teachers, task, recipe, asked, train, seed, store)
@@ -172,6 +179,7 @@ def _job(
         teachers=teachers,
         base=base,
         bakes=bakes,
+        program=program,
         task=task,
         recipe=recipe,
         asked=asked,
@@ -186,7 +194,16 @@ def _job(
         progress=say,
         command=command,
         started=started,
+        warnings=[f"the file holds no program and loads into the model's class only: {reason}"] if reason else [],
     )
+
+
+def _program(base: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Program | None, str | None]:
+    """The program of the network, or why it has none: it is compressed all the same."""
+    try:
+        return trace(plain(base), *example), None
+    except TraceError as error:
+        return None, str(error)
 
 
 def _target(
@@ -259,7 +276,7 @@ def _statistics(job: Job) -> Statistics:
         if path.exists():
             return calibrate.load(path)
     bare = plain(job.base)
-    gathered = gather(bare, job.task, seed=job.seed, progress=job.progress)
+    gathered = gather(bare, job.task, program=job.program, seed=job.seed, progress=job.progress)
     statistics, factor = corrected(bare, job.task, gathered, job.progress)
     job.say(f"validation data feel {factor:.3g} of the damage that calibration data predict; all predictions are corrected by it")
     if job.folder:
@@ -298,14 +315,14 @@ def _finish(job: Job, search: Search, best: Trial, met: bool) -> Result:
     runtimes = tuple(dict.fromkeys(("torch", job.target.runtime)))
     with tempfile.TemporaryDirectory() as scratch:
         file = job.folder.file("model.pared") if job.folder else Path(scratch) / "model.pared"
-        artifact.save(best.model, file, store=job.store)
+        artifact.save(best.model, file, store=job.store, program=job.program is not None)
         after = measure(best.model, job.task, job.original, runtimes, file=file, seconds=3.0)
     before = after.against
     if before is None:
         raise ValueError("measuring against the original must measure the original")
     met = met and (job.target.macs is None or after.macs <= 1.001 * job.target.macs)
     data = describe(job, search, best, met, before, after)
-    result = Result(best.model, best.edits, before, after, search.refusals, met, data, job.store)
+    result = Result(best.model, best.edits, before, after, search.refusals, met, data, job.store, job.program is not None)
     if job.folder:
         folder = job.folder
         folder.write("recipe.yaml", job.resolved(best.levels))

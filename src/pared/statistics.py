@@ -81,6 +81,10 @@ class Diagonal:
 
     hessian: Tensor
 
+    def trace(self) -> float:
+        """The sum of the Hessian's diagonal."""
+        return float(self.hessian.sum(dtype=torch.float64))
+
     def quadratic(self, delta: Tensor) -> Tensor:
         """The damage of `delta`, a scalar; differentiable."""
         return 0.5 * (self.hessian * delta.to(self.hessian.dtype) ** 2).sum(dtype=torch.float64)

@@ -328,11 +328,11 @@ class Trials:
     def _weigh(self, model: nn.Module, number: int) -> int:
         if self.job.folder:
             path = self.job.folder.file(f"state/trial-{number}.pared")
-            artifact.save(model, path, store=self.job.store)
+            artifact.save(model, path, store=self.job.store, program=self.job.program is not None)
             return path.stat().st_size
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.pared"
-            artifact.save(model, path, store=self.job.store)
+            artifact.save(model, path, store=self.job.store, program=self.job.program is not None)
             return path.stat().st_size
 
 

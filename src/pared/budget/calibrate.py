@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pared.budget.products import Product, Rows, product_of
-from pared.errors import InputError
-from pared.graph import Interpreted, Node, Operand, Program, trace
+from pared.errors import InputError, TraceError
+from pared.graph import Eager, Interpreted, Node, Operand, Program, trace
 from pared.graph.operators import find
 from pared.graph.program import Dynamic
-from pared.site import tensor_sites
+from pared.site import duplicate, tensor_sites
 from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics, load, save
 from pared.task import Batch, Task, batch_size, class_logits, float_outputs, output_weights, to_device_of
 
@@ -65,14 +66,14 @@ def gather(
 
     Args:
         model: in eval mode, without coded tensors (`pared.site.plain`); it is not changed.
-        program: its graph; traced from the first calibration batch when None.
+        program: its graph; traced from the first calibration batch when None. A model without graph is run as it is:
+            then parameters that it rearranges before use have squared gradients only.
         n_examples: at most so many examples; when None 512, fewer (not below 32) where one takes more than 4e8 MACs.
         seed: of the random signs and positions.
         shrink: move the moments towards the same for all directions, as far as two halves of the data disagree; where the
             data come in one part only, they stay as they are.
 
     Raises:
-        TraceError: the model has no graph.
         InputError: a batch does not fit the graph.
     """
     batches = list(task.calibration(n_examples or N_EXAMPLES))
@@ -80,14 +81,15 @@ def gather(
         raise InputError("calibration data must hold at least one example, got none; check Task.calibration")
     if program is None:
         args, kwargs = task.call(model, _slice(batches[0], 0, 2))
-        program = trace(model, args, kwargs)
+        with contextlib.suppress(TraceError):
+            program = trace(model, args, kwargs)
     calibration = _Calibration(model, task, program, batches, seed, shrink, thrifty=n_examples is None)
     return calibration.run(progress or (lambda event: None))
 
 
 class _Calibration:
     def __init__(
-        self, model: nn.Module, task: Task, program: Program, batches: list[Batch], seed: int, shrink: bool, thrifty: bool
+        self, model: nn.Module, task: Task, program: Program | None, batches: list[Batch], seed: int, shrink: bool, thrifty: bool
     ) -> None:
         self.task, self.program, self.batches = task, program, batches
         self.random = torch.Generator().manual_seed(seed)
@@ -95,23 +97,22 @@ class _Calibration:
         self.total = sum(batch_size(batch) for batch in batches)
         self.thrifty = thrifty
         self.n_seen = self.n_parts = 0
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         # leaves of their own: the model's parameters keep their gradients and flags
-        leaves: dict[int, Tensor] = {}
-        for _, tensor in named:
-            if id(tensor) not in leaves:
-                leaf = tensor.detach()
-                if isinstance(tensor, nn.Parameter):
-                    leaf = nn.Parameter(leaf, requires_grad=False)
-                leaves[id(tensor)] = leaf.requires_grad_(leaf.is_floating_point())
-        state = {path: leaves[id(tensor)] for path, tensor in named}
-        self.root = program.root(state)
+        if program is None:
+            self.root = duplicate(model)
+            state = dict(_named(self.root))
+            for leaf in state.values():
+                leaf.grad = None
+                leaf.requires_grad_(isinstance(leaf, nn.Parameter) and leaf.is_floating_point())
+        else:
+            state = _leaves(model)
+            self.root = program.root(state)
         self.names = {path: site.path for site in tensor_sites(model) for path in site.paths}
         self.leaves = {path: state[path] for path in dict.fromkeys(self.names.values())}
         for path, leaf in self.leaves.items():
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(lambda leaf, path=path: self._see_whole(path, leaf))
-        self.device = next((leaf.device for leaf in leaves.values()), torch.device("cpu"))
+        self.device = next((leaf.device for leaf in state.values()), torch.device("cpu"))
         self.matrices: dict[tuple[str, Layout], _Matrix] = {}
         self.squares: dict[str, _Moment] = {}
         self.slopes: dict[str, Tensor] = {}
@@ -125,13 +126,21 @@ class _Calibration:
         self.weights = [] if task.classifies else _weights(model, task, batches[0])
 
     @property
+    def static_reason(self) -> str | None:
+        """Why the batch is fixed, if it is."""
+        return self.program.static_reason if self.program is not None else None
+
+    @property
     def half(self) -> int:
         """Which half of the data this part belongs to: about eight runs of neighbours, which may be alike, in turn."""
         return self.n_parts // max(1, self.total // (8 * (self.part_size or batch_size(self.batches[0])))) % 2
 
     def run(self, progress: Progress) -> Statistics:
-        twin = Interpreted(self.program, self.root, self._observe).eval()
-        self._scout(twin)
+        if self.program is None:
+            twin: nn.Module = Eager(self.root, self._observe)
+        else:
+            twin = Interpreted(self.program, self.root, self._observe)
+        self._scout(twin.eval())
         for batch in self.batches:
             for part in self._parts(batch):
                 self.n_now = batch_size(part)
@@ -141,13 +150,13 @@ class _Calibration:
                 self.n_parts += 1
                 progress({"doing": "calibrating", "done": min(self.n_seen, self.total), "total": self.total})
                 if self.n_seen >= self.total:
-                    return self._statistics()
+                    return self._statistics(progress)
         if not self.n_seen:
             raise InputError(
-                f"the model fixes the batch at {self.part_size} ({self.program.static_reason}), but no calibration "
+                f"the model fixes the batch at {self.part_size} ({self.static_reason}), but no calibration "
                 "batch holds so many examples; use that batch size"
             )
-        return self._statistics()
+        return self._statistics(progress)
 
     def _scout(self, twin: nn.Module) -> None:
         """One forward pass that finds out how large parts may be, and which tensors are also used otherwise."""
@@ -174,6 +183,8 @@ class _Calibration:
 
     def _leading_axes(self) -> tuple[int | None, bool]:
         """The batch size if the program fixes it; whether the batch is free and the first axis of every input."""
+        if self.program is None:
+            return None, True
         shapes = [given.shape for given in self.program.inputs if given.shape]
         leading = {shape[0] for shape in shapes}
         if len(leading) != 1:
@@ -192,7 +203,7 @@ class _Calibration:
             return
         for start in range(0, size, self.part_size):
             stop = min(start + self.part_size, size)
-            if self.program.static_reason is None or stop - start == self.part_size:
+            if self.static_reason is None or stop - start == self.part_size:
                 yield _slice(batch, start, stop)
 
     # -- forward: inputs -----------------------------------------------------------------------------------------------
@@ -332,7 +343,7 @@ class _Calibration:
             self.squares.setdefault(path, _Moment()).add(slope.square().flatten()[None], self.half)
         self.slopes.clear()
 
-    def _statistics(self) -> Statistics:
+    def _statistics(self, progress: Progress) -> Statistics:
         curvatures: dict[str, Curvature] = {}
         terms: dict[str, list[Kronecker | Diagonal]] = {path: [] for path in self.leaves}
         while self.matrices:  # one by one: they are the better part of the memory
@@ -347,7 +358,29 @@ class _Calibration:
         for path, found in terms.items():
             if found and all(_is_finite(term) for term in found):
                 curvatures[path] = Curvature(self.leaves[path].shape, found)
+        if self.program is None:
+            unfelt = self._assume_(curvatures)
+            if unfelt:
+                say = f"no calibration example feels {', '.join(unfelt)}: they are taken to matter as much as other weights do"
+                progress({"say": f"{say}; add examples that take every branch"})
         return Statistics(curvatures, {path: n / self.n_seen for path, n in self.positions.items()})
+
+
+    def _assume_(self, curvatures: dict[str, Curvature]) -> list[str]:
+        """Parameters of branches that no example took: as if a small relative change of each did what it does to the median
+        weight. Gives their paths."""
+        relative: dict[str, float] = {}
+        for path, leaf in self.leaves.items():
+            if leaf.requires_grad:
+                terms = curvatures[path].terms if path in curvatures else []
+                relative[path] = float(leaf.detach().square().mean()) * sum(term.trace() for term in terms) / max(leaf.numel(), 1)
+        felt = sorted(each for each in relative.values() if each > 0)
+        unfelt = [path for path, each in relative.items() if each == 0 and bool(self.leaves[path].any())]
+        for path in unfelt if felt else []:
+            leaf = self.leaves[path].detach()
+            hessian = torch.full(leaf.shape, felt[len(felt) // 2] / float(leaf.square().mean()))
+            curvatures[path] = Curvature(leaf.shape, [Diagonal(hessian)])
+        return unfelt if felt else []
 
 
 @dataclass(frozen=True)
@@ -459,6 +492,22 @@ def _rescaled(terms: list[Kronecker | Diagonal], energy: float) -> list[Kronecke
         return terms
     factor = energy / trace
     return [replace(t, gradients=t.gradients.mul_(factor)) if isinstance(t, Kronecker) else t for t in terms]
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _leaves(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors, by path, as leaves that share its memory and nothing else; one tensor, one leaf."""
+    leaves: dict[int, Tensor] = {}
+    for _, tensor in _named(model):
+        if id(tensor) not in leaves:
+            leaf = tensor.detach()
+            if isinstance(tensor, nn.Parameter):
+                leaf = nn.Parameter(leaf, requires_grad=False)
+            leaves[id(tensor)] = leaf.requires_grad_(leaf.is_floating_point())
+    return {path: leaves[id(tensor)] for path, tensor in _named(model)}
 
 
 def _is_finite(term: Kronecker | Diagonal) -> bool:

@@ -190,10 +190,10 @@ def _execute(
         except Exception as error:
             raise _ObserverFailed(error) from error
 
-    unrolled = _RECURRENT.get(node.op)
+    unrolled = RECURRENT.get(node.op)
     if unrolled is not None:
         bound = operator_arguments(node.op, inputs)
-        return unrolled(_Linears(shown), bound), None
+        return unrolled(Linears(shown), bound), None
     return shown(node.op, inputs, lambda *operands: function(*operands, **named)), None
 
 
@@ -219,7 +219,7 @@ def _flat(operands: Sequence[Any]) -> list[Operand]:
 
 
 @final
-class _Linears:
+class Linears:
     """Linear maps that are shown to the observer."""
 
     def __init__(self, shown: Callable[..., Any]) -> None:
@@ -259,10 +259,10 @@ def _relu_cell(from_input: Tensor, from_hidden: Tensor, states: tuple[Tensor, ..
     return ((from_input + from_hidden).relu(),)
 
 
-def _layers(cell: Cell) -> Callable[[_Linears, dict[str, Any]], tuple[Tensor, ...]]:
+def _layers(cell: Cell) -> Callable[[Linears, dict[str, Any]], tuple[Tensor, ...]]:
     """A stack of recurrent layers, as torch computes it, from linear maps and one cell."""
 
-    def unroll(linear: _Linears, bound: dict[str, Any]) -> tuple[Tensor, ...]:
+    def unroll(linear: Linears, bound: dict[str, Any]) -> tuple[Tensor, ...]:
         batch_first, biases = bound["batch_first"].value, bound["has_biases"].value
         given = bound["hx"]
         hx = [h.value for h in given] if isinstance(given, list) else [given.value]
@@ -287,7 +287,7 @@ def _layers(cell: Cell) -> Callable[[_Linears, dict[str, Any]], tuple[Tensor, ..
 
 
 def _one_layer(
-    linear: _Linears, cell: Cell, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Operand], biases: bool,
+    linear: Linears, cell: Cell, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Operand], biases: bool,
     projects: bool, backwards: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Output (batch, time, features) and last states of one layer in one direction; x is (batch, time, features)."""
@@ -303,10 +303,10 @@ def _one_layer(
     return torch.stack(steps[::-1] if backwards else steps, 1), states
 
 
-def _single(cell: Cell) -> Callable[[_Linears, dict[str, Any]], Any]:
+def _single(cell: Cell) -> Callable[[Linears, dict[str, Any]], Any]:
     """One step of a recurrent cell."""
 
-    def step(linear: _Linears, bound: dict[str, Any]) -> Any:
+    def step(linear: Linears, bound: dict[str, Any]) -> Any:
         given = bound["hx"]
         hx = tuple(h.value for h in given) if isinstance(given, list) else (given.value,)
         bias_input, bias_hidden = (b if isinstance(b, Operand) else None for b in (bound["b_ih"], bound["b_hh"]))
@@ -317,7 +317,7 @@ def _single(cell: Cell) -> Callable[[_Linears, dict[str, Any]], Any]:
     return step
 
 
-_RECURRENT: Mapping[str, Callable[[_Linears, dict[str, Any]], Any]] = {
+RECURRENT: Mapping[str, Callable[[Linears, dict[str, Any]], Any]] = {
     "aten.lstm.input": _layers(_lstm_cell),
     "aten.gru.input": _layers(_gru_cell),
     "aten.rnn_tanh.input": _layers(_tanh_cell),

@@ -215,7 +215,8 @@ class _Plan:
         importance = np.empty(weight.size, np.float32)
         for block in blocks:
             importance[block.places.reshape(-1)] = block.importance.reshape(-1)
-        log = np.log2(np.maximum(importance, importance.max() / np.float32(_WIDEST)), dtype=np.float32).reshape(weight.shape)
+        least = np.maximum(importance.max() / np.float32(_WIDEST), np.float32(1e-30))
+        log = np.log2(np.maximum(importance, least), dtype=np.float32).reshape(weight.shape)
         by_row, by_column = log.mean(1, dtype=np.float64), log.mean(0, dtype=np.float64)
         if decoder is None:
             has_rows, has_columns = _pays(by_row, weight.size), _pays(by_column, weight.size)

@@ -1,0 +1,117 @@
+"""A model run as it is gives the observer what its program gives, where torch's operators take the tensors themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from pared.budget.calibrate import gather
+from pared.task import Task
+
+
+class Branching(nn.Module):
+    """The net behind a branch on the values of a tensor, which no program can hold."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.other = nn.Linear(3, 3)
+
+    def forward(self, x):
+        if not bool(torch.isfinite(x).all()):
+            return self.other(x)
+        return self.net(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn = kind(8, 12, 2, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0].mean(1))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(30, 16)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.embed(tokens) @ torch.eye(16))).mean(1)
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 6, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5),
+    )  # fmt: skip
+
+
+NETS = {
+    "convolutional": (convolutional, lambda: torch.randn(48, 1, 8, 8)),
+    "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randn(48, 6, 8)),
+    "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randn(48, 6, 8)),
+    "tied": (Tied, lambda: torch.randint(30, (48, 7))),
+}
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_the_curvature_is_that_of_the_program(name):
+    torch.manual_seed(0)
+    net, x = NETS[name][0]().eval(), NETS[name][1]()
+    batches = [(x[i : i + 16], None) for i in range(0, 48, 16)]
+    task = Task(batches, batches, calibration=batches)
+    traced, run = gather(net, task), gather(Branching(net).eval(), task)
+    paths = set(traced)
+    assert paths
+    for path in paths:
+        expected, found = traced.curvature(path), run.curvature(f"net.{path}")
+        assert [type(term) for term in found.terms] == [type(term) for term in expected.terms]
+        delta = torch.randn(expected.shape)
+        assert found.damage(delta) == pytest.approx(expected.damage(delta), rel=1e-6)
+    assert {f"net.{path}": n for path, n in traced.positions.items()} == run.positions
+
+
+def test_branches_that_no_example_takes_are_named_and_still_matter():
+    torch.manual_seed(0)
+    x, said = torch.randn(32, 1, 8, 8), []
+    batches = [(x, None)]
+    found = gather(Branching(convolutional()).eval(), Task(batches, batches, calibration=batches), progress=said.append)
+    assert any("no calibration example feels other.weight, other.bias" in event.get("say", "") for event in said)
+    assert found.curvature("other.weight").damage(torch.ones(3, 3)) > 0
+
+
+def test_weights_that_are_rearranged_before_use_have_squared_gradients():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 5))
+
+        def forward(self, x):
+            return x @ self.weight.flip(0) if bool((x == x).all()) else x[:, :5]
+
+    model, x = Turned().eval(), torch.randn(64, 8)
+    found = gather(model, Task([(x, None)], [(x, None)], calibration=[(x, None)]), shrink=False)
+    delta = torch.zeros(8, 5)
+    delta[0, 0] = 0.01
+    with torch.no_grad():
+        before = model(x).log_softmax(1)
+        model.weight += delta
+        after = model(x).log_softmax(1)
+    exact = float((before.exp() * (before - after)).sum(1).mean())
+    assert found.curvature("weight").damage(delta) == pytest.approx(exact, rel=0.6)
+
+
+def test_the_model_is_left_as_it_was():
+    model, x = Branching(convolutional()).eval(), torch.randn(16, 1, 8, 8)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    gather(model, Task([(x, None)], [(x, None)], calibration=[(x, None)]))
+    assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
+    assert all(bool((parameter.grad == 1).all()) and parameter.requires_grad for parameter in model.parameters())
