@@ -15,6 +15,6 @@ def model(spec: str) -> tuple[nn.Module, Facts]:
     import pared
 
     if not Path(spec).is_file():
-        raise InputError(f"FILE.pared must name a file, {spec!r} is none; check the path")
+        raise InputError(f"FILE.pared must name a file, found no {spec!r}; check the path")
     loaded = pared.load(spec)
     return loaded, facts_of(loaded, spec)

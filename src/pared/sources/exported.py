@@ -16,7 +16,7 @@ def model(spec: str) -> tuple[nn.Module, Facts]:
     """The program as a module, with the example that it was exported with. It stays in the mode it was exported in."""
     path = Path(spec)
     if not path.is_file():
-        raise InputError(f"FILE.pt2 must name a file, {spec!r} is none; check the path")
+        raise InputError(f"FILE.pt2 must name a file, found no {spec!r}; check the path")
     if not zipfile.is_zipfile(path):
         raise InputError(f"{spec} must be a program saved by torch.export.save, it is no zip archive; save it again")
     try:

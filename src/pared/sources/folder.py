@@ -25,7 +25,7 @@ def data(folder: str, facts: Facts, batch_size: int | None, seed: int) -> Data:
     """
     root = Path(folder)
     if not folder or not root.is_dir():
-        raise InputError(f"folder:DIR must name a folder of pictures, {folder!r} is none; check the path")
+        raise InputError(f"folder:DIR must name a folder of pictures, found no {folder!r}; check the path")
     format = facts.image or ImageFormat()
     notes = [f"pictures as {format}" + ("" if facts.image else " (the model does not say; this is the ImageNet habit)")]
 

@@ -56,7 +56,7 @@ def data(file: str, facts: Facts, batch_size: int | None, seed: int) -> Data:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise InputError(f"npz:FILE must name a file, {str(path)!r} is none; check the path")
+        raise InputError(f"npz:FILE must name a file, found no {str(path)!r}; check the path")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

@@ -66,7 +66,7 @@ def _called(spec: str) -> Any:
 @functools.cache
 def _imported(path: Path, shown: str) -> Any:
     if not path.is_file():
-        raise InputError(f"FILE.py:FUNCTION must name a file, {shown!r} is none; check the path")
+        raise InputError(f"FILE.py:FUNCTION must name a file, found no {shown!r}; check the path")
     # Under its own name where that is free, so that what it defines shows up as the user knows it.
     name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"pared_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

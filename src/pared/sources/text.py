@@ -23,7 +23,7 @@ def data(file: str, facts: Facts, batch_size: int | None, seed: int) -> Data:
     """
     path = Path(file)
     if not path.is_file():
-        raise InputError(f"text:FILE must name a file, {file!r} is none; check the path")
+        raise InputError(f"text:FILE must name a file, found no {file!r}; check the path")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
