@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("nets", nargs="*", help=f"of {', '.join(NETS)}")
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--split", choices=["val", "test"], default="test")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each file and batch size")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -65,7 +65,7 @@ def main() -> None:
     torch.manual_seed(0)
     task = sources.data("fashion-mnist", batch_size=256, seed=0).task
     net = small_resnet()
-    train(net, task.train, task.val, EPOCHS)
+    train(net, task.train, task.val, EPOCHS, mirror=True)
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
     save_file(net.state_dict(), WEIGHTS)
     print(f"test {accuracy(net, task.test):.2f} %, saved to {WEIGHTS}")

@@ -61,6 +61,7 @@ def test_places_are_where_integer_kernels_read_and_write():
         "output of blocks.0",
         "output of blocks.1.act",
         "output of blocks.1.conv2",
+        "output of blocks",
         "input of head",
     ]
 
@@ -148,6 +149,30 @@ def test_the_whole_network_runs_on_integers_in_onnxruntime(task, tmp_path):
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     assert kinds.count("QLinearConv") == 2 and kinds.count("QGemm") == 1
     assert "Conv" not in kinds and "Gemm" not in kinds
+
+
+def test_pools_and_means_between_integers_work_on_integers(task, tmp_path):
+    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.act, self.pool = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+            self.block = Block()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.block(self.pool(self.act(self.stem(x)))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    small = pared.apply(Pooled().eval(), task, [quantize.Integer(tensors="matrices"), Activations()])
+    assert small.act.output_scale == small.pool.output_scale
+    pared.export(small, tmp_path / "net.onnx")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 4
+    ort.InferenceSession(str(tmp_path / "net.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert not {"MaxPool", "Add", "Relu", "Conv"} & set(kinds), kinds
 
 
 def test_for_few_bits_only_what_products_read_is_rounded():

@@ -21,8 +21,9 @@ from pared.technique import Cost, Network, Structure, Technique
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _FUSED = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
 """What kernels compute along with a convolution or an addition, before they round."""
-_JOINING = {"add": 2, "cat": 2, "max_pool2d": 1, "avg_pool2d": 1, "adaptive_avg_pool2d": 1}
+_JOINING = {"add": 2, "cat": 2, "max_pool2d": 1, "avg_pool2d": 1, "adaptive_avg_pool2d": 1, "mean": 1}
 """Operators that work on integers where all that they read and what they give are integers; how many they read at least."""
+_LARGEST = ("max_pool1d", "max_pool2d", "max_pool3d")
 _PADDING = ("pad", "constant_pad_nd")
 _VIEWS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", *_PADDING)
 N_CANDIDATES, SMALLEST = 48, 0.05
@@ -147,8 +148,10 @@ class Activations(Technique):
         return root
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
-        for module, port in self._own(site, parts, statistics):
-            seen = statistics.values.get(port)
+        own = list(self._own(site, parts, statistics))
+        shared = _shared(statistics.flow, [port for _, port in own])
+        for module, port in own:
+            seen = statistics.values.get(shared.get(port, port))
             if seen is None:
                 raise InputError(f"calibration must reach the {port}, but no value passed there; give other data")
             for name, value in zip(names(port.side), self.grid(seen), strict=True):
@@ -241,6 +244,21 @@ def _quantized(root: nn.Module) -> Iterator[tuple[nn.Module, Port]]:
             yield module, Port(path, "input")
         if names("output")[0] in module._buffers:
             yield module, Port(path, "output")
+
+
+def _shared(flow: Flow | None, own: Sequence[Port]) -> dict[Port, Port]:
+    """Ports that round as others do: the largest of integers is an integer where a pool's two sides have one grid."""
+    found: dict[Port, Port] = {}
+    for operation in flow.operations if flow is not None else ():
+        if flow is None or operation.kind not in _LARGEST:
+            continue
+        sides = (operation.inputs[0], operation.output)
+        before, after = ([port for port, _ in flow.ports.get(value, ()) if port in own] for value in sides)
+        if before and after and flow.only_consumer(operation.inputs[0]):
+            found.update(dict.fromkeys(before, found.get(after[0], after[0])))
+        elif before:
+            found.update(dict.fromkeys(after, found.get(before[0], before[0])))
+    return found
 
 
 def names(side: str) -> tuple[str, str]:
