@@ -335,9 +335,13 @@ def check_layers(model: nn.Module, patterns: str, setting: str) -> None:
             raise RecipeError(f"{setting} must name layers: no layer is called {pattern}; near it are {', '.join(near)}")
 
 
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, also where a forward or a hook has left computed tensors in attributes, which torch refuses to copy."""
-    memo: dict[int, Any] = {}
+def duplicate(model: nn.Module, *, shares: bool = False) -> nn.Module:
+    """A deep copy, also where a forward or a hook has left computed tensors in attributes, which torch refuses to copy.
+
+    Args:
+        shares: parameters are the model's own, for copies in which they are replaced and not written to.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if shares else {}
     for module in model.modules():
         own = {name: item for name, item in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
         for item in pytree.tree_leaves(own):

@@ -465,8 +465,11 @@ class Channels:
         """None, or the module that failed (None: another than can be told) and what it said."""
         self.trials += 1
         masks = {number: _half(self.groups[number].n) for number in numbers}
-        plain = duplicate(self.model)
-        self.cut_(plain, masks, rescale=False)
+        twin = plain = duplicate(self.model, shares=True)
+        self.cut_(twin, masks)
+        if any(self.groups[number].rescaled for number in masks):
+            plain = duplicate(self.model, shares=True)
+            self.cut_(plain, masks, rescale=False)
         try:
             with torch.no_grad():
                 program = cut_program(self.program, self.axes, self.going(masks))
@@ -475,8 +478,6 @@ class Channels:
             return None, _first_line(error)
         if self.rewrite:
             return None
-        twin = duplicate(self.model)
-        self.cut_(twin, masks)
         stack: list[str] = []
         handles = []
         for path, module in twin.named_modules():

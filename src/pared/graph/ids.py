@@ -9,6 +9,9 @@ import numpy as np
 NONE = -1
 """In an array of ids: this position belongs to no channel and always stays."""
 
+_DEPTH = 12
+"""Parts within parts that are followed all at once; deeper ones, and parts that hold themselves, one by one."""
+
 Factors = tuple[np.ndarray, ...]
 """One axis: arrays of ids, each as long as the axis. A position goes when any of its ids goes. (): it stays whole."""
 
@@ -78,13 +81,13 @@ class Ids:
         """What was known of ids that have just got another representative; gives the unions that follow."""
         found = []
         merged = merged[(self._left[merged] >= 0) | self._stays[merged]]
-        roots = self.find(merged)
-        for old, root in zip(merged.tolist(), roots.tolist()):
+        whole = (self.find(ids).tolist() for ids in (merged, self._left[merged], self._right[merged]))
+        for old, root, *parts in zip(merged.tolist(), *whole):
             left, right = self._left[old], self._right[old]
             if left >= 0:
                 if self._left[root] >= 0:
                     found.append((np.array([left, right]), np.array([self._left[root], self._right[root]])))
-                elif self._holds(left, root) or self._holds(right, root):
+                elif any(part == root or (self._left[part] >= 0 and self._holds(part, root)) for part in parts):
                     self.freeze(np.array([left, right, root]), "its positions are tied to one another")
                 else:
                     self._left[root], self._right[root] = left, right
@@ -97,11 +100,26 @@ class Ids:
     def _open(self, merged: np.ndarray) -> None:
         """What became a part of itself stays, with its parts."""
         roots = np.unique(self.find(merged))
-        for root in roots[self._left[roots] >= 0].tolist():
-            parts = np.array([self._left[root], self._right[root]])
-            if any(self._holds(part, root) for part in parts.tolist()):
+        roots = roots[self._left[roots] >= 0]
+        whole, part = roots, roots
+        looped = np.zeros(0, np.int64)
+        for _ in range(_DEPTH):  # all at once: who lies within whom, one level after the other
+            inner = self._left[part] >= 0
+            whole, part = np.tile(whole[inner], 2), self.find(np.concatenate([self._left[part[inner]], self._right[part[inner]]]))
+            if not len(part):
+                break
+            looped = np.union1d(looped, whole[part == whole])
+            whole, part = np.divmod(np.unique(whole * self.n + part), self.n)
+        else:
+            looped = np.array([root for root in roots.tolist() if self._is_looped(root)], np.int64)
+        for root in looped.tolist():
+            if self._left[root] >= 0 and self._is_looped(root):
+                parts = np.array([self._left[root], self._right[root]])
                 self._left[root] = self._right[root] = NONE
                 self.freeze(np.append(parts, root), "its positions are tied to one another")
+
+    def _is_looped(self, root: int) -> bool:
+        return self._holds(int(self._left[root]), root) or self._holds(int(self._right[root]), root)
 
     def _holds(self, part: int, whole: int) -> bool:
         """Whether a part is the whole, or has it among its own parts."""

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from pared.collector import paused
 from pared.errors import ArtifactError, InputError, ParedError, TraceError
 from pared.graph.exported import Aliased, Graph, Symbols, named_state, numbered, remove_dropout
 from pared.graph.program import UNSUPPLIED, Dynamic, Input, Parameter, Program, Slot, map_leaves
@@ -37,7 +38,7 @@ def trace(
     """
     call = _Call(model, args, dict(kwargs or {}))
     axes = call.axes(dynamic or {})
-    with _undisturbed(model):
+    with _undisturbed(model), paused():
         expected = _Outputs(_run(model, call, call.tensors))
         errors: list[ParedError] = []
         fixed: Program | None = None
