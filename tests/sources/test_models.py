@@ -10,6 +10,7 @@ from torch import nn
 
 from pared import sources
 from pared.errors import InputError, MissingExtra
+from pared.measurement.quality import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,20 @@ def test_a_folder_of_transformers_gives_the_class_it_names(language_model):
     assert type(model).__name__ == "LlamaForCausalLM" and not model.training
     with torch.no_grad():
         assert model(**facts.example_kwargs).logits.shape == (2, 16, 6)
+
+
+def test_the_measure_of_text_is_its_log_likelihood(language_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat " * 300)
+    model, facts = sources.model(f"hf:{language_model}")
+    task = sources.data(f"text:{text}", model, facts=facts).task
+    measured = evaluate(model.eval(), task, task.test)
+    (inputs, targets) = next(iter(task.test))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    exact = -float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    assert measured.name == "log_likelihood"
+    assert measured.value == pytest.approx(exact, rel=1e-5)
 
 
 def test_text_becomes_windows_whose_targets_are_the_next_tokens(language_model, tmp_path):

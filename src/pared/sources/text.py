@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from pared.errors import InputError, MissingExtra
-from pared.sources.contents import Data, Facts, task_of
+from pared.sources.contents import Data, Facts
 from pared.sources.loader import ArrayLoader
+from pared.task import Task, class_logits
 
 WINDOW = 128
 
@@ -19,7 +21,7 @@ def data(file: str, facts: Facts, batch_size: int | None, seed: int) -> Data:
     """Inputs {"input_ids": (batch, window)}, targets (batch, window): each token's successor.
 
     The first eight tenths of the text train, the next tenth validates, the last one tests: neighbouring windows
-    resemble each other, so the split is not drawn at random. Accuracy is that of the next token.
+    resemble each other, so the split is not drawn at random. The measure is `log_likelihood`.
     """
     path = Path(file)
     if not path.is_file():
@@ -55,7 +57,17 @@ def windows(tokens: list[int], batch_size: int | None, seed: int, where: str) ->
     }
     counts = ", ".join(f"{loader.n_examples} {part}" for part, loader in made.items())
     note = f"{len(tokens)} tokens in {n_windows} windows of {WINDOW} ({counts}), in the order of the text"
-    return Data(task_of(made), (note,))
+    task = Task(train=made["train"], val=made["val"], test=made["test"], metric=log_likelihood)
+    return Data(task, (note, "perplexity is exp(-log likelihood)"))
+
+
+def log_likelihood(outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each window in nats, and its number of tokens: perplexity is exp(-their ratio). Higher is better."""
+    logits, targets = class_logits(outputs, batch)
+    if targets is None:
+        raise InputError("the likelihood of text needs targets, the next tokens; give batches of (inputs, targets)")
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=-100)
+    return -losses.flatten(1).sum(1), (targets != -100).flatten(1).sum(1)
 
 
 def _tokens(text: str, facts: Facts) -> list[int]:
