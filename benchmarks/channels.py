@@ -3,6 +3,8 @@
     python benchmarks/channels.py --peer DIR                     # without any fine-tuning, at 1.43x, 2x and 2.57x fewer MACs
     python benchmarks/channels.py --peer DIR --epochs 10         # the same fine-tuning for both, and from scratch (Scratch-B)
 
+    python benchmarks/channels.py --latency                      # of the pruned networks in ONNX Runtime, batch 1
+
 DIR holds torch-pruning (pip install --no-deps --target DIR torch-pruning). Both get the same trained network, the same
 calibration images and the same number of epochs of distillation from the original; accuracy is on the test images,
 which nothing was chosen on. Scratch-B trains the network that pared found from random weights for as many epochs as fit
@@ -15,16 +17,20 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import nn
 
 import pared
 from pared import registry, sources
-from pared.errors import InputError
+from pared.errors import BudgetError, InputError
+from pared.measurement import compare
 from pared.measurement.compute import compute
 from pared.measurement.quality import drop, evaluate
 from pared.site import plain
@@ -106,10 +112,42 @@ def tuned(model: nn.Module, task: pared.Task, teacher: nn.Module, epochs: int, s
     return model
 
 
+def latency(original: nn.Module, task: pared.Task, share: float) -> list[dict[str, Any]]:
+    """Milliseconds of one image in ONNX Runtime, one thread, in turns: the original, and what is left of it with widths as
+    they come and with widths that are multiples of 8 and 16."""
+    rows: dict[str, nn.Module] = {"original": original}
+    for multiple in (1, 8, 16):
+        recipe = {"steps": [{"prune.channels": {"keep": KEEP, "round_to": multiple}}]}
+        try:
+            rows[f"multiples of {multiple}"] = pared.compress(original, task, recipe=recipe, macs=f"{share}x", train=False).model
+        except BudgetError as error:
+            print(f"multiples of {multiple}: {error}", flush=True)
+    calls = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in rows.items():
+            pared.export(model, Path(folder) / "net.onnx", example=torch.zeros(1, 1, 28, 28))
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads, settings.log_severity_level = 1, 3
+            session = onnxruntime.InferenceSession(str(Path(folder) / "net.onnx"), settings)
+            calls[name] = partial(session.run, None, {session.get_inputs()[0].name: torch.zeros(1, 1, 28, 28).numpy()})
+        measured = compare(calls, n_runs=5000, n_warmup=50, seconds=20)
+    return [
+        {
+            "widths": name,
+            "macs_asked": share,
+            "macs_ratio": macs(original) / macs(rows[name]),
+            "milliseconds": one.to_json(),
+            "faster": measured["original"].median / one.median,
+        }
+        for name, one in measured.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="a folder with torch-pruning")
     parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--latency", action="store_true", help="time the pruned networks, on a machine that does nothing else")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -120,8 +158,17 @@ def main() -> None:
     import small_resnet
 
     path = ROOT / "benchmarks" / "results" / "channels.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    results = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    found: list[dict[str, Any]] = results["runs"]
     original = small_resnet.small_resnet_trained().eval()
+    if given.latency:
+        nets = {"small_resnet": original}
+        nets["32 channels, full resolution, random weights"] = small_resnet.SmallResNet(width=32, stride=1).eval()
+        task = sources.data("fashion-mnist", original).task
+        results["latency"] = {name: latency(net, task, given.shares[-1]) for name, net in nets.items()}
+        print(json.dumps(results["latency"], indent=1))
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        return
     for seed in given.seeds:
         task = sources.data("fashion-mnist", original, seed=seed).task
         reference = evaluate(original, task, task.test, reference=original)
@@ -139,7 +186,7 @@ def main() -> None:
                     whole = given.epochs + small_resnet.EPOCHS
                     again = scratch(smaller, task, round(whole * macs(original) / n_macs), seed)
                     found = _add(found, seed, share, given.epochs, "Scratch-B", again, n_macs, 0.0, task, original, reference)
-                path.write_text(json.dumps({"accuracy": reference.value, "runs": found}, indent=1) + "\n")
+                path.write_text(json.dumps({**results, "accuracy": reference.value, "runs": found}, indent=1) + "\n")
 
 
 def _add(

@@ -37,6 +37,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "int8.json"
 NETS = {
     "efficientnet_lite0": ("examples/efficientnet_lite0.py:efficientnet_lite0", "photographs", 48),
     "small_resnet": ("examples/small_resnet.py:small_resnet_trained", "fashion-mnist", 512),
+    "mobilenetv3": ("examples/timm_on_fashion_mnist.py:mobilenetv3_trained", "fashion-mnist", 512),
+    "vit_tiny": ("examples/timm_on_fashion_mnist.py:vit_tiny_trained", "fashion-mnist", 512),
     "resnet18": ("timm:resnet18", None, 32),
 }
 """Model, data, and how many examples calibrate. resnet18 has random weights: it is timed only."""
@@ -215,7 +217,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each file and batch size")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    chosen = arguments.nets or (["resnet18", "efficientnet_lite0"] if arguments.latency else ["efficientnet_lite0", "small_resnet"])
+    timed, judged = ["resnet18", "efficientnet_lite0"], [net for net, (_, data, _) in NETS.items() if data is not None]
+    chosen = arguments.nets or (timed if arguments.latency else judged)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"quality": {}, "latency": {}}
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:

@@ -215,6 +215,10 @@ def channels(found: Any) -> list[tuple[str, str]]:
         told = [f"{name} loses {sum(drops) / len(drops):.2f} points" for name, drops in methods.items()]
         title = f"Channels of the small residual network, {share:g}x fewer MACs, {how}, {n} seed{'s' * (n > 1)}"
         rows.append((title, "; ".join(told)))
+    for net, timed in found.get("latency", {}).items():
+        told = [f"{row['widths']} {row['faster']:.2f}x" for row in timed if row["widths"] != "original"]
+        title = f"Channels, ONNX Runtime, one image, {timed[0]['macs_asked']:g}x fewer MACs: {net}"
+        rows.append((title, "; ".join(told)))
     return rows
 
 

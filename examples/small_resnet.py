@@ -33,12 +33,12 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16, stride: int = 2) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        self.stages = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
-        self.head = nn.Linear(64, 10)
+        self.stem = nn.Conv2d(1, width, 3, stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.stages = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
+        self.head = nn.Linear(4 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.stages(F.relu(self.bn(self.stem(images)))).mean((2, 3)))
