@@ -67,6 +67,7 @@ def apply(
     earlier = record_of(model)
     twin, edits = prepared(model)
     edits = [*(earlier.edits if earlier else ()), *edits]
+    from pared.budget.biases import place_on_network
     from pared.budget.observe import observe
 
     carried = earlier.example if earlier else None
@@ -94,7 +95,7 @@ def apply(
                 raise InputError(f"{item} must change something, but there was nothing to rewrite; drop it")
             twin = rewritten
             continue
-        placed, refusals = place_everywhere(twin, item, statistics)
+        placed, refusals = place_on_network(twin, item, statistics, task if item.kind == "network" else None)
         if not placed:
             reason = f": {refusals[0].path}: {refusals[0].reason}" if refusals else "; the model has no site for it"
             raise InputError(f"{item} must change something, but it changes nothing{reason}")

@@ -86,7 +86,8 @@ class Technique(Settings):
     acts_on: ClassVar[Tensors | Modules | Groups | Network | None] = None
     reads: ClassVar[tuple[type, ...]] = ()
     corrects: ClassVar[bool] = False
-    """Whether the layers after what it changed are fitted anew to the original's outputs, in order."""
+    """Whether layers are fitted anew to what they gave before it, in order: weights by least squares after a cut, biases by
+    their means after it changed the network."""
     paper: ClassVar[str] = ""
     structure_type: ClassVar[type[Structure]] = Structure
     keeps_size: ClassVar[bool] = False

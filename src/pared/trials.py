@@ -14,6 +14,7 @@ from torch import nn
 
 from pared import artifact, registry
 from pared.budget.allocate import Plan
+from pared.budget.biases import place_on_network
 from pared.budget.calibrate import gather
 from pared.budget.channels import Removal, partly
 from pared.budget.gates import absorb_, closed, gated
@@ -22,7 +23,7 @@ from pared.budget.observe import observe
 from pared.graph.channels import Channels
 from pared.job import Job
 from pared.measurement.quality import Drop, Quality, drop, evaluate
-from pared.place import Progress, place, place_buffers_, place_everywhere, relax_, relax_network_, settle_
+from pared.place import Progress, place, place_buffers_, relax_, relax_network_, settle_
 from pared.recipe import Step, Training
 from pared.record import Record, attach_, record_of
 from pared.site import Decoded, duplicate, plain
@@ -340,7 +341,7 @@ def over_the_network(
     model: nn.Module, technique: Technique, task: Task, example: tuple[tuple[Any, ...], dict[str, Any]], progress: Progress
 ) -> list[Edit]:
     """Let a technique act on the whole network, in place; where there is nothing for it to do, that is said."""
-    edits, refusals = place_everywhere(model, technique, observe(model, task, [technique], example))
+    edits, refusals = place_on_network(model, technique, observe(model, task, [technique], example), task)
     for refusal in refusals:
         progress({"say": f"{technique}: {refusal.reason}"})
     return edits

@@ -10,8 +10,9 @@ from pared.errors import InputError
 from pared.graph.flow import flow_of
 from pared.lowered import dequantize, through_integers
 from pared.lowered import quantize as to_integers
-from pared.place import relax_network_
+from pared.place import place_everywhere, relax_network_
 from pared.quantize.activations import Activations, Placement, Rounding
+from pared.site import duplicate
 from pared.statistics import Histogram
 
 
@@ -205,7 +206,8 @@ def test_slopes_of_learned_steps_are_those_of_the_paper(bits, zero):
 
 def test_steps_that_are_twice_too_coarse_are_trained_back_and_leave_a_network_as_build_makes_it(task):
     model, technique = Net().eval(), Activations(bits=3, steps="learned")
-    fitted = pared.apply(model, task, technique)
+    fitted = duplicate(model)
+    place_everywhere(fitted, technique, observe(model, task, [technique]))
     edit = relax_network_(model, technique, observe(model, task, [technique]))
     x = task.train[0][0]
     assert torch.equal(model(x), fitted(x))  # at first they are those of the calibration data

@@ -76,14 +76,15 @@ class Activations(Technique):
     are trained along, from where calibration data put them. For y = s (q - z) of one value x,
 
     dy/dx = 1 where nothing is clipped, else 0;   dy/ds = q - z - x / s where nothing is clipped, else q - z;   times
-    1 / sqrt(n (2**k - 1)) for the n features of an example. Post-training (no step trains, `pared.apply`) they stay.
+    1 / sqrt(n (2**k - 1)) for the n features of an example. Post-training (no step trains, `pared.apply`) they stay, and
+    biases give back what rounding took from the mean of each layer's output.
 
     Acts on   the whole network: places are found in its graph; values that pass through no module's border stay.
     Stores    a scale and a zero point for each place; MACs unchanged.
     Reads     the flow of values, and their distribution at every place.
     Refuses   networks without convolutions and linear layers.
     Paper     Jacob et al. 2018, arXiv:1712.05877; ranges: Wu et al. 2020, arXiv:2004.09602; learned steps: Esser et al. 2020,
-              arXiv:1902.08153.
+              arXiv:1902.08153; biases: Nagel et al. 2019, arXiv:1906.04721.
     Differs   learned steps start where calibration puts them and are trained in the logarithm; zero points stay.
     """
 
@@ -91,6 +92,7 @@ class Activations(Technique):
     reads: ClassVar = (Flow, Histogram)
     paper: ClassVar = "arXiv:2004.09602"
     structure_type: ClassVar = ActivationsStructure
+    corrects: ClassVar = True
     ladder: ClassVar = ({"bits": 8}, {"bits": 6}, {"bits": 4})
 
     bits: int = Field(default=8, ge=2, le=8, description="bits per activation")
