@@ -119,6 +119,15 @@ def efficientnet(found: Any) -> list[tuple[str, str]]:
     return rows
 
 
+def language(found: Any) -> list[tuple[str, str]]:
+    """The language model, each way of coding its linear layers."""
+    base = found["ways"]["original"]["perplexity"]
+    told = [f"{way}: {one['perplexity']:.2f} at {one['bits_per_weight']:.2f} bits" for way, one in found["ways"].items()
+            if one["bits_per_weight"] is not None]  # fmt: skip
+    title = f"{found['model'].partition('-Instruct')[0]}, prose, perplexity (original {base:.2f}) and bits per linear weight"
+    return [(title, "; ".join(told))]
+
+
 def kill(found: Any) -> list[tuple[str, str]]:
     value = f"{found['same_file']} of {found['kills']} the same file, bit for bit"
     return [("`kill -9` at a random moment, then the same command", value)]
@@ -267,6 +276,7 @@ SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "calibration": calibration,
     "efficientnet": efficientnet,
     "strangers": strangers,
+    "language": language,
     "kill": kill,
     "int8": int8,
     "low_bits": low_bits,
