@@ -47,6 +47,6 @@ $(VENV)/.user: $(VENV)/.torch pyproject.toml
 
 # timm names torchvision, whose compiled half fits one build of torch only: both without their dependencies.
 $(VENV)/.developer: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,docs,onnx,train,samples,hub]' transformers
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,docs,onnx,train,samples,hub,language]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps timm torchvision
 	touch $@ $(VENV)/.user

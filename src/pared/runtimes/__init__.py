@@ -24,8 +24,8 @@ __all__ = ["RUNTIMES", "export", "run", "session"]
 
 RUNTIMES = {"torch": "eager", "compile": "compiled", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 """Runtimes by name, and the file of this folder that knows each."""
-FORMATS = ("onnx", "openvino")
-"""What `export` writes."""
+FORMATS = {"onnx": "onnx", "openvino": "openvino", "compressed-tensors": "compressed_tensors"}
+"""What `export` writes, and the file of this folder that does it."""
 
 
 def export(
@@ -39,7 +39,7 @@ def export(
 
     Args:
         model_or_path: a model, or a .pared file.
-        to: "onnx", or "openvino" (NAME.xml, with NAME.bin beside it).
+        to: "onnx", "openvino" (NAME.xml, with NAME.bin beside it), or "compressed-tensors" (a folder of transformers).
         example: inputs of one call, with a batch axis: a tensor, a tuple of positional arguments or a dict of keyword
             arguments; default: the one that the model carries, or random inputs of the shapes in its file.
         opset: of ONNX; default: the exporter's.
@@ -52,7 +52,7 @@ def export(
         raise InputError(f"export writes {', '.join(FORMATS)}, got {to!r}")
     if opset is not None and opset < 13:
         raise InputError(f"scales for every channel need ONNX's opset 13 or newer, got {opset}; leave it out")
-    writer = importlib.import_module(f"{__name__}.{to}")
+    writer = importlib.import_module(f"{__name__}.{FORMATS[to]}")
     model = model_or_path if isinstance(model_or_path, nn.Module) else _loaded(model_or_path)
     args, kwargs = _arguments(model, example)
     return writer.export(model, Path(path), args, kwargs, opset)
