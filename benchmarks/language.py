@@ -42,7 +42,7 @@ WAYS: dict[str, Technique | None] = {
     "int4, groups of 32, compensated": Integer(bits=4, group=32, rounding="compensated"),
     "int4, groups of 128, nearest": Integer(bits=4, group=128),
     "int4, groups of 128, compensated": Integer(bits=4, group=128, rounding="compensated"),
-    **{f"rate-distortion, slope {slope:g}": RateDistortion(slope=slope) for slope in (1e-9, 3e-9, 1e-8, 3e-8)},
+    **{f"rate-distortion, slope {slope:g}": RateDistortion(slope=slope) for slope in (1e-9, 3e-9, 1e-8)},
 }
 
 
