@@ -161,6 +161,8 @@ def _job(
         asked["max_drop"] = 0.5
     if record_of(model) is not None:
         raise InputError("compress takes an original model, got one that pared has compressed; give it the original")
+    if any(technique.rewrites for step in recipe.parts()[1] for technique in step.candidates):
+        raise InputError("rewrite: true gives a network without its code, whose later steps compress cannot plan; use pared.apply")
     check_finite(model)
     task.check(model)
     original = duplicate(model).eval().requires_grad_(False)

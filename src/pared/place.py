@@ -61,6 +61,8 @@ def apply(
         follows = later.kind is not None and (later.kind != "network" or later.exact)
         if item.kind == "network" and not item.exact and follows:
             raise InputError(f"{item.name} changes what the network computes and must come last; put {later.name} before it")
+    if any(item.rewrites for item in techniques[:-1]):
+        raise InputError("rewrite: true leaves a network without its code, on which nothing can follow; put it last")
     check_finite(model)
     if task is not None:
         task.check(model)
@@ -82,12 +84,14 @@ def apply(
             following = itertools.takewhile(lambda later: later.kind not in _OF_ALL, techniques[number + 1 :])
             statistics = observe(twin, task, [item, *following], carried)
         if item.kind == "channels":
-            from pared.budget.channels import cut_by_hand_
+            from pared.budget.channels import as_program, cut_by_hand_
 
             call = task.example(twin) if task is not None else carried
             found, program = cut_by_hand_(twin, item, statistics, call, task)
             edits += found
             statistics = None
+            if item.rewrites:  # its code is gone, and with it what edits are replayed on
+                twin, edits, program = as_program(twin, program), [], None
             continue
         if item.kind is None:
             rewritten = item.prepare(twin, None, statistics)

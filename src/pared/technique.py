@@ -98,6 +98,11 @@ class Technique(Settings):
     """Whether it only rewrites: the network computes the same before and after. Such techniques come first in a recipe."""
 
     @property
+    def rewrites(self) -> bool:
+        """Of channels: whether the network may run as its graph from then on, so that sizes in its code are no obstacle."""
+        return False
+
+    @property
     def name(self) -> str:
         """The name in recipes: family and file, such as `quantize.integer`."""
         return ".".join(type(self).__module__.split(".")[-2:])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pared
-from pared import prune
+from pared import prune, quantize
 from pared.budget.channels import masks, plan_channels
 from pared.budget.responses import responses
 from pared.errors import BudgetError, InputError, RecipeError
@@ -151,3 +151,30 @@ def test_bad_input_gets_one_clear_line(perceptron):
         pared.apply(alone, pared.Task(train=batches, val=batches), prune.Channels(keep=0.5))
     with pytest.raises(RecipeError, match="cannot stand in a chain"):
         pared.Chain(prune.Channels(keep=0.5), prune.Magnitude(sparsity=0.5))
+
+
+def test_code_with_sizes_of_its_own_is_left_behind_when_asked(tmp_path):
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x).relu()).relu().view(-1, 16))
+
+    torch.manual_seed(0)
+    model, x = Stubborn().eval(), torch.randn(64, 8)
+    task = pared.Task([(x, torch.arange(64) % 4)], [(x, torch.arange(64) % 4)])
+    kept = pared.apply(model, task, prune.Channels(keep=0.5))
+    assert kept.b.out_features == 16
+    technique = prune.Channels(keep=0.5, rewrite=True)
+    small = pared.apply(model, task, technique)
+    assert sorted(p.shape for p in small.parameters() if p.ndim == 2) == [(4, 8), (6, 8), (8, 6)]
+    small.train()(x).sum().backward()
+    pared.save(small.eval(), tmp_path / "small.pared")
+    loaded = pared.load(tmp_path / "small.pared")
+    torch.testing.assert_close(loaded(x[:5]), small(x[:5]))
+    with pytest.raises(InputError, match="put it last"):
+        pared.apply(model, task, [technique, quantize.Integer(bits=8)])
+    with pytest.raises(InputError, match="use pared.apply"):
+        pared.compress(model, task, {"steps": [{"prune.channels": {"rewrite": True}}]}, macs="2x", train=False)

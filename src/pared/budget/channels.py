@@ -18,6 +18,7 @@ from pared.budget.responses import responses
 from pared.cut import Coordinates, CutStructure
 from pared.errors import BudgetError, InputError
 from pared.graph.channels import Channels, Load
+from pared.graph.module import ProgramModule
 from pared.graph.program import Program
 from pared.place import Refusal, bytes_of, everywhere, place
 from pared.site import Site, duplicate
@@ -137,6 +138,12 @@ def partly(options: Sequence[Option], found: Sequence[Option], progress: float) 
     return chosen
 
 
+def as_program(model: nn.Module, program: Program) -> nn.Module:
+    """The program in place of the model's code, with the model's tensors; it can be trained."""
+    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    return ProgramModule(program, program.root(state), trains=True).eval()
+
+
 def cut_by_hand_(
     model: nn.Module,
     technique: Technique,
@@ -144,7 +151,8 @@ def cut_by_hand_(
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
     task: Task | None,
 ) -> tuple[list[Edit], Program]:
-    """Remove channels of every group that the technique does not refuse, in place; gives the edits and the cut program.
+    """Remove channels of every group that the technique does not refuse, in place; gives the edits and the cut program, which
+    alone computes what is meant where the technique rewrites.
 
     Raises:
         InputError: there is no example to trace the model with, or nothing can be removed; the first reasons are given.
@@ -152,7 +160,7 @@ def cut_by_hand_(
     if example is None:
         raise InputError(f"{technique.name} follows channels along an example call, but there is none; give apply a task")
     original = duplicate(model).eval()
-    graph = Channels(original, *example)
+    graph = Channels(original, *example, rewrite=technique.rewrites)
     statistics = with_responses(statistics, [technique], graph, task)
     chosen, refusals = everywhere(original, technique, statistics, graph)
     if not chosen:

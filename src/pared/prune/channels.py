@@ -70,6 +70,14 @@ class Channels(Technique):
     )
     heads: bool = Field(default=False, description="of attention, remove whole heads instead of the same slots of every head")
 
+    rewrite: bool = Field(
+        default=False, description="let the network run as its graph, where its code computes sizes for itself; by hand only"
+    )
+
+    @property
+    def rewrites(self) -> bool:
+        return self.rewrite
+
     def wants(self, statistic: type) -> bool:
         return super().wants(statistic) and (statistic is not Responses or self.importance in _OF_RESPONSES)
 
