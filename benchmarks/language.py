@@ -138,8 +138,10 @@ def main() -> None:
         statistics = calibrate.gather(model, pared.Task(batches, batches, calibration=batches), n_examples=given.calibration)
         if given.statistics is not None:
             calibrate.save(statistics, given.statistics)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"ways": {}}
-    results |= {"model": name, "calibration_tokens": chosen[:, 1:].numel(), "test_tokens": test[:, 1:].numel()}
+    facts = {"model": name, "calibration_tokens": chosen[:, 1:].numel(), "test_tokens": test[:, 1:].numel()}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if any(results.get(key) != value for key, value in facts.items()):
+        results = {**facts, "ways": {}}
     results["calibration_seconds"] = results.get("calibration_seconds", round(time.perf_counter() - start))
     for way in given.ways:
         if way in results["ways"]:

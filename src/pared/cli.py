@@ -174,9 +174,7 @@ def bench(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pared file.")],
-    to: Annotated[
-        str, typer.Option("--to", help="onnx, openvino, compressed-tensors, or safetensors: the decoded weights alone")
-    ] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino, or safetensors: the decoded weights alone")] = "onnx",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with the runtime's ending.")] = None,
     opset: Annotated[int | None, typer.Option()] = None,
 ) -> None:

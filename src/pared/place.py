@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from pared import registry
 from pared.cut import Coordinates, Cut, CutStructure
 from pared.errors import InputError
+from pared.graph.module import ProgramModule
 from pared.record import Record, attach_, record_of
 from pared.site import Decoded, Site, duplicate, install_, network_site
 from pared.statistics import Statistics
@@ -61,8 +62,10 @@ def apply(
         follows = later.kind is not None and (later.kind != "network" or later.exact)
         if item.kind == "network" and not item.exact and follows:
             raise InputError(f"{item.name} changes what the network computes and must come last; put {later.name} before it")
-    if any(item.rewrites for item in techniques[:-1]):
-        raise InputError("rewrite: true leaves a network without its code, on which nothing can follow; put it last")
+    if len(techniques) > 1 and any(item.rewrites for item in techniques):
+        raise InputError("rewrite: true leaves a network without its code, which no other technique can name; use it alone")
+    if isinstance(model, ProgramModule) and record_of(model) is not None and not cast(Record, record_of(model)).edits:
+        raise InputError("a network that was rewritten has no code that techniques could act on; use them before, on the original")
     check_finite(model)
     if task is not None:
         task.check(model)

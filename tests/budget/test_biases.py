@@ -74,3 +74,22 @@ def test_the_correction_is_in_the_file(task, tmp_path):
     pared.save(small, tmp_path / "net.pared")
     scores = [evaluate(net, task, task.val).value for net in (small, pared.load(tmp_path / "net.pared"))]
     assert scores[0] == scores[1]
+
+
+def test_a_layer_that_sees_one_vector_is_corrected_too():
+    class Queried(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.map, self.head = nn.Parameter(torch.randn(8)), nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(torch.relu(x + self.map(self.query)))
+
+    x = torch.randn(32, 6)
+    task = pared.Task([(x, torch.arange(32) % 3)], [(x, torch.arange(32) % 3)])
+    before = Queried().eval()
+    after = duplicate(before)
+    with torch.no_grad():
+        after.map.weight.mul_(1.1)
+    correct_biases_(after, before, task)
+    torch.testing.assert_close(after.map(after.query), before.map(before.query))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pared.budget.calibrate import gather
+from pared.errors import TraceError
 from pared.task import Task
 
 
@@ -95,16 +96,81 @@ def test_weights_that_are_rearranged_before_use_have_squared_gradients():
         def forward(self, x):
             return x @ self.weight.flip(0) if bool((x == x).all()) else x[:, :5]
 
+    class Straight(Turned):
+        def forward(self, x):
+            return x @ self.weight.flip(0)
+
     model, x = Turned().eval(), torch.randn(64, 8)
-    found = gather(model, Task([(x, None)], [(x, None)], calibration=[(x, None)]), shrink=False)
-    delta = torch.zeros(8, 5)
-    delta[0, 0] = 0.01
+    straight = Straight().eval()
+    straight.load_state_dict(model.state_dict())
+    found, traced = (gather(each, task_of(x)).curvature("weight") for each in (model, straight))
+    delta = torch.randn(8, 5)
+    assert found.damage(delta) == pytest.approx(traced.damage(delta), rel=1e-6)
+
+
+def task_of(x, size=16):
+    batches = [(x[i : i + size], None) for i in range(0, len(x), size)]
+    return Task(batches, batches, calibration=batches)
+
+
+def test_a_second_use_that_only_some_batches_see_does_not_change_what_the_first_is_worth():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = torch.relu(self.inner(x)).mean(1)
+            return self.out(h) + (0 * self.inner.weight.sum() if bool(x[:, 0, 0].max() > 5) else 0)
+
+    torch.manual_seed(0)
+    model, x = Sometimes().eval(), torch.randn(64, 6, 8)
+    never = gather(model, task_of(x)).curvature("inner.weight").damage(torch.ones(6, 8))
+    x[50, 0, 0] = 6
+    late = gather(model, task_of(x)).curvature("inner.weight").damage(torch.ones(6, 8))
+    assert late == pytest.approx(never, rel=0.3)
+
+
+def test_code_that_wants_whole_batches_gets_them():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.norm, self.out = nn.Linear(8, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.out(self.norm(self.inner(x))) if bool(torch.isfinite(x).all()) else x[:, :4]
+
+    found = gather(Whole().eval(), task_of(torch.randn(64, 8)))
+    assert all(found.curvature(path) is not None for path in ("inner.weight", "norm.weight", "out.weight"))
+
+
+@pytest.mark.parametrize("why", ["inference", "numpy", "state"])
+def test_what_gradients_do_not_pass_is_one_clear_line(why):
+    class Opaque(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out, self.seen = nn.Linear(8, 6), nn.Linear(6, 4), torch.zeros(6)
+
+        def forward(self, x):
+            if why == "inference":
+                with torch.inference_mode():
+                    return self.out(self.inner(x)) if bool(torch.isfinite(x).all()) else x
+            h = self.inner(x)
+            if why == "numpy":
+                return self.out(torch.from_numpy(h.numpy()))
+            self.seen = 0.9 * self.seen + 0.1 * h.mean(0)
+            return self.out(h - self.seen) if bool(torch.isfinite(x).all()) else x
+
+    with pytest.raises(TraceError, match="no gradients reach|cannot be calibrated as it runs"):
+        gather(Opaque().eval(), task_of(torch.randn(64, 8)))
+
+
+def test_tiny_parameters_are_no_obstacle():
+    model = Branching(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))).eval()
     with torch.no_grad():
-        before = model(x).log_softmax(1)
-        model.weight += delta
-        after = model(x).log_softmax(1)
-    exact = float((before.exp() * (before - after)).sum(1).mean())
-    assert found.curvature("weight").damage(delta) == pytest.approx(exact, rel=0.6)
+        model.other.weight.fill_(1e-25)
+    found = gather(model, task_of(torch.randn(64, 8)))
+    assert found.curvature("other.weight") is not None
 
 
 def test_the_model_is_left_as_it_was():

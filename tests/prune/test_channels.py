@@ -174,7 +174,9 @@ def test_code_with_sizes_of_its_own_is_left_behind_when_asked(tmp_path):
     pared.save(small.eval(), tmp_path / "small.pared")
     loaded = pared.load(tmp_path / "small.pared")
     torch.testing.assert_close(loaded(x[:5]), small(x[:5]))
-    with pytest.raises(InputError, match="put it last"):
+    with pytest.raises(InputError, match="use it alone"):
         pared.apply(model, task, [technique, quantize.Integer(bits=8)])
+    with pytest.raises(InputError, match="use them before"):
+        pared.apply(small, task, quantize.Integer(bits=8))
     with pytest.raises(InputError, match="use pared.apply"):
         pared.compress(model, task, {"steps": [{"prune.channels": {"rewrite": True}}]}, macs="2x", train=False)

@@ -152,22 +152,25 @@ def test_the_whole_network_runs_on_integers_in_onnxruntime(task, tmp_path):
     assert "Conv" not in kinds and "Gemm" not in kinds
 
 
-def test_pools_and_means_between_integers_work_on_integers(task, tmp_path):
+def test_pools_and_additions_before_a_mean_work_on_integers(task, tmp_path):
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
     class Pooled(nn.Module):
         def __init__(self):
             super().__init__()
             self.stem, self.act, self.pool = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+            self.again = nn.MaxPool2d(2, 1)
             self.block = Block()
             self.head = nn.Linear(4, 3)
 
         def forward(self, x):
-            return self.head(self.block(self.pool(self.act(self.stem(x)))).mean((2, 3)))
+            return self.head(self.block(self.again(self.pool(self.act(self.stem(x))))).mean((2, 3)))
 
     torch.manual_seed(0)
     small = pared.apply(Pooled().eval(), task, [quantize.Integer(tensors="matrices"), Activations()])
-    assert small.act.output_scale == small.pool.output_scale
+    assert small.act.output_scale == small.pool.output_scale == small.again.output_scale
+    coarse = pared.apply(Pooled().eval(), task, Activations(bits=3))
+    assert coarse.act.output_scale == coarse.pool.output_scale == coarse.again.output_scale
     pared.export(small, tmp_path / "net.onnx")
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 4

@@ -46,6 +46,19 @@ def test_transformers_loads_what_was_written_and_it_is_smaller(language, setting
     assert (tmp_path / "folder" / "model.safetensors").stat().st_size < 0.6 * dense
 
 
+def test_what_is_in_the_folder_stays_and_short_types_are_written(language, tmp_path):
+    model, task = language
+    small = pared.apply(model.to(torch.bfloat16), task, quantize.Integer(bits=4, group=32, tensors="matrices"))
+    model.to(torch.float32)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "tokenizer.json").write_text("{}")
+    pared.export(small, tmp_path / "folder", to="compressed-tensors")
+    assert (tmp_path / "folder" / "tokenizer.json").exists() and (tmp_path / "folder" / "model.safetensors").exists()
+    (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="holds other weights"):
+        pared.export(small, tmp_path / "folder", to="compressed-tensors")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_packed_as_compressed_tensors_packs_them(bits):
     from compressed_tensors.compressors.pack_quantized import pack_to_int32

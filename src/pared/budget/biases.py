@@ -13,7 +13,7 @@ from pared.measurement.compute import compute
 from pared.place import Refusal, place_everywhere
 from pared.site import duplicate
 from pared.statistics import Statistics
-from pared.task import Batch, Task, batch_size
+from pared.task import Batch, Task, batch_size, to_device_of
 from pared.technique import Edit, Technique
 
 N_EXAMPLES = 512
@@ -43,7 +43,7 @@ def correct_biases_(model: nn.Module, before: nn.Module, task: Task) -> None:
     calls: list[str] = []
     _run(model, task, batches[:1], {path: lambda output, path=path: calls.append(path) for path in layers})
     once = [path for path in calls if Counter(calls)[path] == 1]
-    args, kwargs = task.call(model, batches[0])
+    args, kwargs = task.call(model, to_device_of(model, batches[0]))
     work = max(1.0, len(once) / 2 * compute(before, args, kwargs).macs / batch_size(batches[0]))
     chosen: list[Batch] = []
     for batch in batches:
@@ -54,7 +54,8 @@ def correct_biases_(model: nn.Module, before: nn.Module, task: Task) -> None:
 
     def add(path: str, output: Tensor) -> None:
         axis = output.ndim - 1 if isinstance(layers[path], nn.Linear) else output.ndim - layers[path].weight.ndim + 1
-        moved = output.detach().double().movedim(axis, 0).flatten(1)
+        moved = output.detach().double().movedim(axis, 0)
+        moved = moved.reshape(len(moved), -1)
         sums[path] = sums[path] + moved.mean(1) if path in sums else moved.mean(1)
 
     _run(before, task, chosen, {path: lambda output, path=path: add(path, output) for path in once})
@@ -78,7 +79,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-class _Enough(Exception):
+class _Enough(BaseException):
     """The layer that was looked for has run."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pared.budget.products import Product, Rows, product_of
-from pared.errors import InputError, TraceError
+from pared.errors import InputError, ParedError, TraceError
 from pared.graph import Eager, Interpreted, Node, Operand, Program, trace
 from pared.graph.operators import find
 from pared.graph.program import Dynamic
@@ -66,14 +65,16 @@ def gather(
 
     Args:
         model: in eval mode, without coded tensors (`pared.site.plain`); it is not changed.
-        program: its graph; traced from the first calibration batch when None. A model without graph is run as it is:
-            then parameters that it rearranges before use have squared gradients only.
+        program: its graph; traced from the first calibration batch when None. A model without graph is run as it is: then
+            parameters that it rearranges before use, and those within Python functions of torch (multi-head attention,
+            packed sequences), have squared gradients only.
         n_examples: at most so many examples; when None 512, fewer (not below 32) where one takes more than 4e8 MACs.
         seed: of the random signs and positions.
         shrink: move the moments towards the same for all directions, as far as two halves of the data disagree; where the
             data come in one part only, they stay as they are.
 
     Raises:
+        TraceError: the model has no graph, and gradients do not pass through it as it runs either.
         InputError: a batch does not fit the graph.
     """
     batches = list(task.calibration(n_examples or N_EXAMPLES))
@@ -81,10 +82,26 @@ def gather(
         raise InputError("calibration data must hold at least one example, got none; check Task.calibration")
     if program is None:
         args, kwargs = task.call(model, _slice(batches[0], 0, 2))
-        with contextlib.suppress(TraceError):
+        try:
             program = trace(model, args, kwargs)
+        except TraceError as reason:
+            return _eagerly(model, task, batches, seed, shrink, n_examples is None, progress or (lambda event: None), reason)
     calibration = _Calibration(model, task, program, batches, seed, shrink, thrifty=n_examples is None)
     return calibration.run(progress or (lambda event: None))
+
+
+def _eagerly(
+    model: nn.Module, task: Task, batches: list[Batch], seed: int, shrink: bool, thrifty: bool, progress: Progress,
+    reason: TraceError,
+) -> Statistics:  # fmt: skip
+    """Of a model without graph, for which anything may go wrong that does not where there is one."""
+    try:
+        return _Calibration(model, task, None, batches, seed, shrink, thrifty).run(progress)
+    except ParedError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise TraceError(f"{reason}; and it cannot be calibrated as it runs: {said}") from error
 
 
 class _Calibration:
@@ -167,9 +184,21 @@ class _Calibration:
             return
         self.scouting = True
         floating = [leaf.requires_grad_(False) for leaf in self.leaves.values() if leaf.requires_grad]
-        first = to_device_of(self.root, self.batches[0])
-        first = first if self.part_size in (None, size) else _slice(first, 0, self.part_size or size)
-        outputs = self.task.outputs(twin, first)
+        whole = to_device_of(self.root, self.batches[0])
+        first = whole if self.part_size in (None, size) else _slice(whole, 0, self.part_size or size)
+        try:
+            outputs = self.task.outputs(twin, first)
+        except Exception:
+            if self.program is not None:
+                raise
+            self.part_size, free, first = None, False, whole  # its code wants whole batches
+            self.positions.clear()
+            outputs = self.task.outputs(twin, first)
+        if self.program is None:  # other batches may take other branches
+            floats, positions = self.n_floats, dict(self.positions)
+            for batch in self.batches[1:]:
+                self.task.outputs(twin, to_device_of(self.root, batch))
+            self.n_floats, self.positions = floats, positions
         logits = 4 * class_logits(outputs, first)[0].numel() if self.task.classifies else 0
         self.scouting = False
         for leaf in floating:
@@ -212,7 +241,7 @@ class _Calibration:
         product = product_of(op, node, inputs)
         if product is not None:
             return self._observe_product(product, inputs, run)
-        if op.split(".")[1] in ("batch_norm", "_native_batch_norm_legit_no_training"):
+        if op.split(".")[1] in ("batch_norm", "_native_batch_norm_legit_no_training") and find(op) is not None:
             return self._observe_batch_norm(op, node, inputs, run)
         self._note_other_uses(inputs)
         try:
@@ -370,17 +399,24 @@ class _Calibration:
         """Parameters of branches that no example took: as if a small relative change of each did what it does to the median
         weight. Gives their paths."""
         relative: dict[str, float] = {}
+        sizes: dict[str, float] = {}
         for path, leaf in self.leaves.items():
             if leaf.requires_grad:
                 terms = curvatures[path].terms if path in curvatures else []
-                relative[path] = float(leaf.detach().square().mean()) * sum(term.trace() for term in terms) / max(leaf.numel(), 1)
+                sizes[path] = float(leaf.detach().double().square().mean()) if leaf.numel() else 0.0
+                relative[path] = sizes[path] * sum(term.trace() for term in terms) / max(leaf.numel(), 1)
         felt = sorted(each for each in relative.values() if each > 0)
-        unfelt = [path for path, each in relative.items() if each == 0 and bool(self.leaves[path].any())]
-        for path in unfelt if felt else []:
-            leaf = self.leaves[path].detach()
-            hessian = torch.full(leaf.shape, felt[len(felt) // 2] / float(leaf.square().mean()))
-            curvatures[path] = Curvature(leaf.shape, [Diagonal(hessian)])
-        return unfelt if felt else []
+        if not felt:
+            raise TraceError("no gradients reach the parameters; its forward must run without no_grad and inference_mode")
+        unfelt = [path for path, size in sizes.items() if size > 0 and not self._is_felt(curvatures.get(path))]
+        for path in unfelt:
+            shape = self.leaves[path].shape
+            curvatures[path] = Curvature(shape, [Diagonal(torch.full(shape, min(felt[len(felt) // 2] / sizes[path], 1e30)))])
+        return unfelt
+
+    @staticmethod
+    def _is_felt(curvature: Curvature | None) -> bool:
+        return curvature is not None and any(term.trace() > 0 for term in curvature.terms)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _FUSED = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
 """What kernels compute along with a convolution or an addition, before they round."""
 _JOINING = {"add": 2, "cat": 2, "max_pool2d": 1, "avg_pool2d": 1, "adaptive_avg_pool2d": 1, "mean": 1}
-"""Operators that work on integers where all that they read and what they give are integers; how many they read at least."""
+"""Operators before which values stay integers where what they give is one: all but means work on integers themselves. How many
+values they read at least."""
 _LARGEST = ("max_pool1d", "max_pool2d", "max_pool3d")
 _PADDING = ("pad", "constant_pad_nd")
 _VIEWS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", *_PADDING)
@@ -153,7 +154,7 @@ class Activations(Technique):
         own = list(self._own(site, parts, statistics))
         shared = _shared(statistics.flow, [port for _, port in own])
         for module, port in own:
-            seen = statistics.values.get(shared.get(port, port))
+            seen = statistics.values.get(shared[port])
             if seen is None:
                 raise InputError(f"calibration must reach the {port}, but no value passed there; give other data")
             for name, value in zip(names(port.side), self.grid(seen), strict=True):
@@ -249,17 +250,20 @@ def _quantized(root: nn.Module) -> Iterator[tuple[nn.Module, Port]]:
 
 
 def _shared(flow: Flow | None, own: Sequence[Port]) -> dict[Port, Port]:
-    """Ports that round as others do: the largest of integers is an integer where a pool's two sides have one grid."""
-    found: dict[Port, Port] = {}
-    for operation in flow.operations if flow is not None else ():
+    """For every port the one whose values say how it rounds: the largest of integers is an integer where both sides of a pool
+    have one grid. That of what comes out last, as long as nothing else reads what goes in; else of what goes in."""
+    found = {port: port for port in own}
+    for operation in reversed(flow.operations) if flow is not None else ():
         if flow is None or operation.kind not in _LARGEST:
             continue
         sides = (operation.inputs[0], operation.output)
-        before, after = ([port for port, _ in flow.ports.get(value, ()) if port in own] for value in sides)
-        if before and after and flow.only_consumer(operation.inputs[0]):
-            found.update(dict.fromkeys(before, found.get(after[0], after[0])))
-        elif before:
-            found.update(dict.fromkeys(after, found.get(before[0], before[0])))
+        before, after = ([port for port, _ in flow.ports.get(value, ()) if port in found] for value in sides)
+        if before and after:
+            if flow.only_consumer(operation.inputs[0]):
+                found.update(dict.fromkeys(before, found[after[0]]))
+            else:
+                old, new = found[after[0]], before[0]
+                found = {port: new if found[port] == old else found[port] for port in found}
     return found
 
 
@@ -312,6 +316,8 @@ class Placement:
             for operation in reversed(self.flow.operations):
                 if operation.states or len(operation.inputs) < _JOINING.get(operation.kind, 99):
                     continue
+                if operation.kind == "mean" and not self._is_from_kernel(operation.inputs[0]):
+                    continue
                 if self._leads_to(self._end(operation), wanted) and all(map(self._cover, operation.inputs)):
                     wanted.update(dict.fromkeys(operation.inputs))
             grown = len(wanted) > before
@@ -344,6 +350,14 @@ class Placement:
         while (after := self.flow.only_consumer(value)) is not None and after.kind in (*_FUSED, "batch_norm"):
             value = after.output
         return value
+
+    def _is_from_kernel(self, value: int) -> bool:
+        """Whether an operator that computes with integers gives the value, perhaps through what is fused with it."""
+        number = self.flow.producers.get(value)
+        if number is None:
+            return False
+        made = self.flow.operations[number]
+        return self._is_from_kernel(made.inputs[0]) if made.kind in _FUSED else made.kind in (*_CONVOLUTIONS, *_JOINING)
 
     def _leads_to(self, value: int, wanted: dict[int, None]) -> bool:
         """Whether the value, but for a change of its shape, is one that is quantized."""

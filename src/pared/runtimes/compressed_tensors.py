@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from pared.errors import ExportError, InputError, MissingExtra
 from pared.lowered import Dequantized
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pared.runtimes.onnx import Exported
 
 TOLERANCE = 1e-3
+"""Of the largest output, in float32; in shorter types eight of their steps."""
 
 
 def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int | None = None) -> Exported:
@@ -39,38 +40,46 @@ def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str
     """
     from pared.runtimes.onnx import Exported, folder_of
 
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"compressed-tensors are a folder, but {path} is a file; give another name")
     if opset is not None:
         raise InputError("opset is a matter of ONNX; leave it out for compressed-tensors")
     if not (hasattr(model, "config") and hasattr(model, "save_pretrained")):
         name = type(model).__name__
         raise InputError(f"compressed-tensors are for models of transformers, got {name}; load the file into its class")
     _transformers()
-    model_plain = plain(model).eval()
+    model_plain = plain(model).eval().cpu()
+    args, kwargs = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     times = Counter(id(weight) for _, weight in model_plain.named_parameters(remove_duplicate=False))
     held = {}
-    for name, module in lowered(model).named_modules():
+    for name, module in lowered(model).cpu().named_modules():
         integers = _integers(module)
         if integers is not None and times[id(model_plain.get_submodule(name).weight)] == 1:  # not tied to an embedding
             held[name] = integers
     if not held:
         raise InputError("compressed-tensors need linear layers with integer weights, found none; use quantize.integer")
     with tempfile.TemporaryDirectory(prefix=".pared-", dir=folder_of(path)) as scratch:
-        draft = Path(scratch) / path.name
+        draft = Path(scratch) / "draft"
         tensors = {k: v for k, v in model_plain.state_dict().items() if k.removesuffix(".weight") not in held}
         for name, integers in held.items():
-            tensors |= {f"{name}.{key}": value for key, value in _packed(integers, _type_of(model)).items()}
+            tensors |= {f"{name}.{key}": value for key, value in _packed(integers, _type_of(model_plain)).items()}
         model_plain.save_pretrained(draft, state_dict={k: v.contiguous() for k, v in tensors.items()})  # type: ignore[operator]
         config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-        others = [name for name, module in model_plain.named_modules() if isinstance(module, nn.Linear) and name not in held]
-        config["quantization_config"] = _settings(held, others)
+        ignored = [name for name, module in model_plain.named_modules() if isinstance(module, nn.Linear) and name not in held]
+        config["quantization_config"] = _settings(held, ignored)
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         error, relative = _compared(type(model), draft, model_plain, args, kwargs)
-        if relative > TOLERANCE:
+        if not relative <= max(TOLERANCE, 8 * torch.finfo(_type_of(model_plain)).eps):
             raise ExportError(f"what transformers loads must give the model's outputs, but is off by {relative:.2g} of their size")
-        size = sum(file.stat().st_size for file in draft.iterdir())
-        if path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        draft.replace(path)
+        written = {file.name: file.stat().st_size for file in draft.iterdir()}
+        held_before = [file.name for file in path.glob("*.safetensors*")] if path.exists() else []
+        if others := [name for name in held_before if name not in written]:
+            raise InputError(f"{path} holds other weights, {others[0]}; give another folder")
+        path.mkdir(exist_ok=True)
+        for name in written:  # what else is there, such as a tokenizer, stays
+            (draft / name).replace(path / name)
+        size = sum(written.values())
     return Exported(path, size, error, relative, dynamic=True, rounds=False)
 
 
