@@ -28,6 +28,7 @@ from torch import Tensor
 
 import pared
 from pared import sources
+from pared.errors import InputError
 from pared.measurement import compare
 from pared.recipe import load as recipe
 from pared.task import in_order
@@ -74,6 +75,11 @@ class Subject:
             batches = [(x, self.model(x).argmax(1)) for x in self.calibration]
         task = pared.Task(train=batches, val=batches, calibration=batches)
         techniques = [step.candidates[0] for step in recipe("int8").steps]
+        for technique in [each for each in techniques if each.exact]:
+            try:
+                pared.apply(self.model, task, technique)
+            except InputError:  # there is nothing to prepare
+                techniques.remove(technique)
         model = pared.apply(self.model, task, techniques)
         pared.save(model, self.folder / "ours.pared")
         pared.export(model, self.folder / "ours.onnx", example=self.example)

@@ -42,7 +42,7 @@ def compress(
     size: Annotated[str | None, typer.Option(help='Size of the file: "20x", "5%", "1.2MB".')] = None,
     macs: Annotated[str | None, typer.Option(help='Multiply-adds: "2x", "50%", "300M".')] = None,
     latency: Annotated[str | None, typer.Option(help='"3x" or "3x@onnxruntime".')] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Accepted drop of the metric, in points.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Accepted drop: points, or % of a score beyond [0, 1].")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe file, or the name of a shipped one.")] = None,
     store: Annotated[str | None, typer.Option(help="How the file is coded: smallest, fastest, huffman, rans.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Recover by distillation, or post-training only.")] = True,

@@ -105,7 +105,8 @@ def compress(
         size: of the whole file: "20x", "5%", "1.2MB".
         macs: multiply-adds: "2x", "50%", "300M".
         latency: "3x" or "3x@onnxruntime".
-        max_drop: accepted drop of the metric in points, with a margin for chance (see `pared.search.margin`); alone, it
+        max_drop: accepted drop of the metric in points (in % of its value where scores are not within [0, 1], as of text), with
+            a margin for chance (see `pared.search.margin`); alone, it
             asks for the smallest file within it.
         train: recover by distillation from the original; False: post-training only.
         out: folder for the results and for going on after an interruption.
