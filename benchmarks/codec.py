@@ -299,7 +299,7 @@ def integers(peer: str) -> dict[str, Any]:
         coder: {key: sum(row[coder][key] for row in rows) for key in ("bytes", "encode_s", "decode_s")}  # type: ignore[index]
         for coder in ("nncodec", "context", "rans", "smallest")
     }
-    large = [row for row in rows if row["n"] >= 500]
+    large = [row for row in rows if row["n"] >= 500 and row["smallest"]["bytes"]]  # all zeros take no bytes at all
     logs = {
         coder: [math.log(row[coder]["bytes"] / row["nncodec"]["bytes"]) for row in large]  # type: ignore[index]
         for coder in ("context", "smallest")
