@@ -87,14 +87,15 @@ def apply(
             following = itertools.takewhile(lambda later: later.kind not in _OF_ALL, techniques[number + 1 :])
             statistics = observe(twin, task, [item, *following], carried)
         if item.kind == "channels":
-            from pared.budget.channels import as_program, cut_by_hand_
+            from pared.budget.channels import cut_by_hand_
+            from pared.graph.channels import as_program
 
             call = task.example(twin) if task is not None else carried
             found, program = cut_by_hand_(twin, item, statistics, call, task)
             edits += found
             statistics = None
             if item.rewrites:  # its code is gone, and with it what edits are replayed on
-                twin, edits, program = as_program(twin, program), [], None
+                twin, edits, program = as_program(twin, program).eval(), [], None
             continue
         if item.kind is None:
             rewritten = item.prepare(twin, None, statistics)

@@ -188,11 +188,11 @@ class _Calibration:
         first = whole if self.part_size in (None, size) else _slice(whole, 0, self.part_size or size)
         try:
             outputs = self.task.outputs(twin, first)
-        except Exception:
+        except Exception:  # code without graph may want whole batches; if it is something else, it comes up again
             if self.program is not None:
                 raise
-            self.part_size, free, first = None, False, whole  # its code wants whole batches
-            self.positions.clear()
+            self.part_size, free, first = None, False, whole
+            self.n_floats, self.positions = 0, {}
             outputs = self.task.outputs(twin, first)
         if self.program is None:  # other batches may take other branches
             floats, positions = self.n_floats, dict(self.positions)

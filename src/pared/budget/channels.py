@@ -18,7 +18,6 @@ from pared.budget.responses import responses
 from pared.cut import Coordinates, CutStructure
 from pared.errors import BudgetError, InputError
 from pared.graph.channels import Channels, Load
-from pared.graph.module import ProgramModule
 from pared.graph.program import Program
 from pared.place import Refusal, bytes_of, everywhere, place
 from pared.site import Site, duplicate
@@ -136,12 +135,6 @@ def partly(options: Sequence[Option], found: Sequence[Option], progress: float) 
         if steps:
             chosen.append(max(steps, key=lambda step: step[0])[1])
     return chosen
-
-
-def as_program(model: nn.Module, program: Program) -> nn.Module:
-    """The program in place of the model's code, with the model's tensors; it can be trained."""
-    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    return ProgramModule(program, program.root(state), trains=True).eval()
 
 
 def cut_by_hand_(

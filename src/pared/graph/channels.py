@@ -585,8 +585,7 @@ class Channels:
         """The network without these channels, running its cut program in place of its code; it can be trained and saved."""
         cut = duplicate(self.model)
         self.cut_(cut, masks)
-        program = self.cut_program(self.going(masks))
-        return ProgramModule(program, _held(cut, program), trains=True)
+        return as_program(cut, self.cut_program(self.going(masks)))
 
     def going(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
         """The same choice as a mask over all ids."""
@@ -653,6 +652,11 @@ def cut_program(program: Program, axes: Axes, going: np.ndarray, *, rescaled: bo
         program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), program.outputs,
         program.constants, program.static_reason,
     )  # fmt: skip
+
+
+def as_program(model: nn.Module, program: Program) -> ProgramModule:
+    """The program in place of the model's code, with the model's tensors; it can be trained."""
+    return ProgramModule(program, _held(model, program), trains=True)
 
 
 def _held(root: nn.Module, program: Program) -> nn.Module:
