@@ -253,3 +253,67 @@ def test_two_of_them_give_different_layers_different_bits(task, tmp_path):
     assert torch.equal(pared.load(tmp_path / "net.pared")(x), expected)
     with pytest.raises(InputError, match="must come last"):
         pared.apply(Net().eval(), task, [ends, quantize.Integer(bits=8)])
+
+
+class Attending(nn.Module):
+    """Normalised after each sum, so that what the linear layers read is also added."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.norm, self.wide, self.narrow, self.head = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / 4
+        x = self.norm(x + scores.softmax(-1) @ self.value(x))
+        return self.head((x + self.narrow(F.gelu(self.wide(x)))).mean(1))
+
+
+@pytest.fixture
+def sequences():
+    x = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(0))
+    return pared.Task([(x, torch.arange(8) % 3)], [(x, torch.arange(8) % 3)])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_token_is_rounded_in_units_of_its_own_largest_magnitude(sequences, bits):
+    torch.manual_seed(0)
+    model = pared.apply(Attending().eval(), sequences, Activations(range="per_token", bits=bits))
+    read = {}
+    for path in ("query", "wide"):
+        model.get_submodule(path).register_forward_hook(lambda _, args, __, path=path: read.update({path: args[0]}))
+    x = sequences.train[0][0].clone()
+    x[0, 0, 0] = 1000.0  # one outlier costs no other token anything
+    x[0, 1] = 0.0
+    with torch.no_grad():
+        model(x)
+    scale = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert torch.allclose(read["query"], (x / scale.clamp_min(1e-12)).round() * scale, rtol=1e-5, atol=1e-7)
+    assert read["wide"][1, 0].unique().numel() <= 2**bits - 1
+
+
+def test_only_what_linear_layers_read_is_rounded_per_token(sequences):
+    model = Attending().eval()
+    ports = Placement(flow_of(model, (sequences.train[0][0],))).readers()
+    assert [str(port) for port in ports] == [f"input of {name}" for name in ("query", "key", "value", "wide", "narrow", "head")]
+    with pytest.raises(InputError, match="there is no linear layer in it"):
+        pared.apply(nn.Sequential(nn.Conv2d(1, 2, 3)), None, Activations(range="per_token"))
+    with pytest.raises(ValueError, match="per_token gives any scales"):
+        Activations(range="per_token", powers_of_two=True)
+
+
+def test_tokens_in_their_own_units_are_multiplied_as_integers_in_onnxruntime(sequences, tmp_path):
+    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    steps = [quantize.Integer(tensors="matrices"), Activations(range="per_token")]
+    small = pared.apply(Attending().eval(), sequences, steps)
+    x = sequences.train[0][0]
+    written = pared.export(small, tmp_path / "net.onnx")
+    assert written.rounds and written.dynamic
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 4
+    ort.InferenceSession(str(tmp_path / "net.onnx"), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in nodes) == 6
+    pared.save(small, tmp_path / "net.pared")
+    assert torch.equal(pared.load(tmp_path / "net.pared")(x), small(x))

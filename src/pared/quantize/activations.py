@@ -29,6 +29,8 @@ _PADDING = ("pad", "constant_pad_nd")
 _VIEWS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", *_PADDING)
 N_CANDIDATES, SMALLEST = 48, 0.05
 """How many ends of a range are tried, and the smallest, as a share of the largest value seen."""
+TINY = 1e-12
+"""The smallest magnitude that a token is measured by."""
 
 
 class Place(BaseModel):
@@ -49,17 +51,22 @@ class ActivationsStructure(Structure):
 
 @dataclass
 class Rounding:
-    """What stands at a port: it rounds values with the scale and the zero point that the module holds."""
+    """What stands at a port: it rounds values with the scale and the zero point that the module holds; `per_token` in units of
+    the largest magnitude along the last axis."""
 
     side: str
     bits: int
+    per_token: bool = False
 
     def __call__(self, module: nn.Module, value: Tensor) -> Tensor:
         scale, zero_point = (getattr(module, name) for name in names(self.side))
         stretch = module._parameters.get(_stretch(self.side))
         if stretch is not None:
             scale = scale * stretch.exp()
-        return through_integers(value, scale, zero_point, self.bits)
+        if not self.per_token:
+            return through_integers(value, scale, zero_point, self.bits)
+        reach = value.detach().abs().amax(-1, keepdim=True).clamp_min(TINY)
+        return through_integers(value / reach, scale, zero_point, self.bits) * reach
 
 
 class Activations(Technique):
@@ -72,6 +79,10 @@ class Activations(Technique):
     additions, concatenations and pooling between them read and give, so that no value goes back and forth. Codes are
     unsigned, which integer kernels on CPUs prefer. Weights are another technique's affair (`quantize.integer`).
 
+    With `range: per_token` (dynamic quantization) every vector of features that a linear layer reads is rounded in units of its
+    own largest magnitude, found as the network runs: s = max |x| / (2**(k-1) - 1), z = 2**(k-1). That needs no calibration, and
+    outliers of one token cost the others nothing. Convolutions stay in floating point.
+
     With `places: products` only what convolutions and linear layers read is rounded: the least that lets them compute with
     integers, for few bits. With `steps: learned` values are rounded while the last step that trains is trained, and scales
     are trained along, from where calibration data put them. For y = s (q - z) of one value x,
@@ -82,7 +93,7 @@ class Activations(Technique):
 
     Acts on   the whole network: places are found in its graph; values that pass through no module's border stay.
     Stores    a scale and a zero point for each place; MACs unchanged.
-    Reads     the flow of values, and their distribution at every place.
+    Reads     the flow of values, and, unless the range is each token's own, their distribution at every place.
     Refuses   networks without convolutions and linear layers.
     Paper     Jacob et al. 2018, arXiv:1712.05877; ranges: Wu et al. 2020, arXiv:2004.09602; learned steps: Esser et al. 2020,
               arXiv:1902.08153; biases: Nagel et al. 2019, arXiv:1906.04721.
@@ -97,8 +108,10 @@ class Activations(Technique):
     ladder: ClassVar = ({"bits": 8}, {"bits": 6}, {"bits": 4})
 
     bits: int = Field(default=8, ge=2, le=8, description="bits per activation")
-    range: Literal["min_max", "percentile", "mse", "entropy"] = Field(
-        default="mse", description="how the range is chosen: all values, most of them, least squared error, least divergence"
+    range: Literal["min_max", "percentile", "mse", "entropy", "per_token"] = Field(
+        default="mse",
+        description="how the range is chosen: all values, most of them, least squared error, least divergence; per_token: each "
+        "token's own as it runs, of what linear layers read",
     )
     percentile: float = Field(default=99.99, gt=90, le=100, description="share of the values kept by range: percentile")
     scheme: Literal["affine", "symmetric"] = Field(
@@ -120,22 +133,28 @@ class Activations(Technique):
     def _consistent(self) -> Activations:
         if self.powers_of_two and self.steps == "learned":
             raise ValueError("steps: learned gives any scales; leave it or powers_of_two out")
+        if self.powers_of_two and self.range == "per_token":
+            raise ValueError("range: per_token gives any scales; leave it or powers_of_two out")
         return self
 
     @property
     def in_training(self) -> bool:
         return self.steps == "learned"
 
+    def wants(self, statistic: type) -> bool:
+        return super().wants(statistic) and not (statistic is Histogram and self.range == "per_token")
+
     def refuse(self, site: Site) -> str | None:
-        layers = (nn.modules.conv._ConvNd, nn.Linear)
+        layers = (nn.Linear,) if self.range == "per_token" else (nn.modules.conv._ConvNd, nn.Linear)
         if not any(isinstance(module, layers) for module in site.module.modules()):
-            return "there is no convolution and no linear layer in it"
+            return f"there is no {'' if self.range == 'per_token' else 'convolution and no '}linear layer in it"
         return None
 
     def decide(self, site: Site, statistics: Statistics) -> ActivationsStructure:
         if statistics.flow is None:
             return ActivationsStructure()
-        ports = Placement(statistics.flow, tuple(path for path in self.keep.split(",") if path), self.places == "products").ports()
+        placement = Placement(statistics.flow, tuple(path for path in self.keep.split(",") if path), self.places == "products")
+        ports = placement.readers() if self.range == "per_token" else placement.ports()
         return ActivationsStructure(places=tuple(Place(module=port.module, side=port.side) for port in ports))
 
     def build(self, site: Site, structure: Structure) -> nn.Module:
@@ -147,11 +166,16 @@ class Activations(Technique):
             device = next((tensor.device for tensor in root.parameters()), None)
             module.register_buffer(scale, torch.ones((), device=device))
             module.register_buffer(zero_point, torch.zeros((), dtype=torch.uint8, device=device))
-            attach_(root, place.port, Rounding(place.side, self.bits))
+            attach_(root, place.port, Rounding(place.side, self.bits, self.range == "per_token"))
         return root
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         own = list(self._own(site, parts, statistics))
+        if self.range == "per_token":
+            for module, port in own:
+                for name, value in zip(names(port.side), self._between(-1.0, 1.0), strict=True):
+                    getattr(module, name).fill_(value)
+            return
         shared = _shared(statistics.flow, [port for _, port in own])
         for module, port in own:
             seen = statistics.values.get(shared[port])
@@ -207,7 +231,7 @@ class Activations(Technique):
     def _between(self, low: float, high: float) -> tuple[float, int]:
         """The grid from low to high; one that does not reach above `high`, so that a clip there needs no step of its own."""
         top = 2**self.bits - 1
-        if self.scheme == "symmetric":
+        if self.scheme == "symmetric" or self.range == "per_token":
             reach = max(-low, high) or 1.0
             return _below(self._wide(reach / (2 ** (self.bits - 1) - 1))), 2 ** (self.bits - 1)
         scale = self._wide((high - low) / top or 1.0)
@@ -324,6 +348,20 @@ class Placement:
         found: dict[Port, None] = {}
         for value in sorted(wanted):
             found.update(dict.fromkeys(self._cover(value) or ()))
+        return list(found)
+
+    def readers(self) -> list[Port]:
+        """Where linear layers read, and nothing else does: as few ports as can be, in the order in which values pass them."""
+        reading: dict[int, set[int]] = {}
+        for number, operation in enumerate(self.flow.operations):
+            if operation.kind == "linear" and self._computes(operation):
+                reading.setdefault(operation.inputs[0], set()).add(number)
+        found: dict[Port, None] = {}
+        for value, readers in reading.items():
+            for port, seen_by in sorted(self.flow.ports.get(value, ()), key=lambda pair: -len(pair[1])):
+                if seen_by and seen_by <= readers:
+                    found[port] = None
+                    readers -= seen_by
         return list(found)
 
     def _computes(self, operation: Operation) -> bool:

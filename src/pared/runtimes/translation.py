@@ -96,6 +96,9 @@ def tidy_(model: Any) -> None:
         if node.op_type == "Transpose":
             _transpose(model, node)
     for node in list(model.graph):
+        if node.op_type in ("Gemm", "MatMul"):
+            _scale_after(model, node)
+    for node in list(model.graph):
         if node.op_type == "DequantizeLinear" and _constant(node.inputs[0]) is not None:
             products = [use for use, _ in node.outputs[0].uses()]
             if any(_has_integers(use, node) for use in products):
@@ -140,6 +143,29 @@ def _has_integers(product: Any, weight: Any) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
+def _scale_after(model: Any, node: Any) -> None:
+    """Rows of integers times one factor each, times a matrix: the factors come after the product, which then has integers."""
+    import onnx_ir as ir
+
+    scaled = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if scaled is None or scaled.op_type != "Mul":
+        return
+    rows, factors = scaled.inputs
+    made = factors.producer()
+    is_per_row = made is not None and made.op_type in ("Max", "Clip") and rows.producer() is not None
+    if not is_per_row or rows.producer().op_type != "DequantizeLinear":
+        return
+    product = ir.node("MatMul", [rows, node.inputs[1]])
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+        transposed = ir.node("Transpose", [node.inputs[1]], {"perm": [1, 0]})
+        model.graph.insert_before(node, [transposed])
+        product = ir.node("MatMul", [rows, transposed.outputs[0]])
+    nodes = [product, ir.node("Mul", [product.outputs[0], factors])]
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]]))
+    _replace(model, node, nodes)
+
+
 def _gather(model: Any, node: Any) -> None:
     """Cast and Gather in the place of a lookup."""
     import onnx_ir as ir
@@ -155,7 +181,7 @@ def _replace(model: Any, node: Any, nodes: list[Any]) -> None:
     old, new = node.outputs[0], nodes[-1].outputs[0]
     new.name, new.type, new.shape = old.name, old.type, old.shape
     old.name = f"{old.name}_before"
-    old.replace_all_uses_with(new)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
 
 
