@@ -28,7 +28,7 @@ from pared import recipe, sources
 from pared.budget import gather
 from pared.budget.damage import measure, references
 from pared.budget.options import candidates
-from pared.budget.probe import corrected
+from pared.budget.probe import correct_
 from pared.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,8 +130,8 @@ def one(name: str) -> dict[str, Any]:
     task = sources.data(spec, make(), batch_size=size, seed=0).task
     model = trained(make, task, epochs)
     start = time.perf_counter()
-    gathered = gather(model, task)
-    statistics, factor = corrected(model, task, gathered)
+    statistics = gather(model, task)
+    factor = correct_(model, task, statistics)
     end = time.perf_counter()
     data = {"measured": list(task.calibration()), "measured_held_out": first(task.test, N_HELD_OUT)}
     originals = {key: references(model, task, batches) for key, batches in data.items()}

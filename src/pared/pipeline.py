@@ -20,7 +20,7 @@ import pared
 from pared import artifact
 from pared import recipe as recipes
 from pared.budget.calibrate import gather
-from pared.budget.probe import corrected
+from pared.budget.probe import correct_
 from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
 from pared.errors import BudgetError, InputError, TraceError
 from pared.graph import Program, trace
@@ -279,8 +279,9 @@ def _statistics(job: Job) -> Statistics:
         if path.exists():
             return calibrate.load(path)
     bare = plain(job.base)
-    gathered = gather(bare, job.task, program=job.program, seed=job.seed, progress=job.progress)
-    statistics, factor = corrected(bare, job.task, gathered, job.progress)
+    folder = path.parent if job.folder else None
+    statistics = gather(bare, job.task, program=job.program, seed=job.seed, progress=job.progress, folder=folder)
+    factor = correct_(bare, job.task, statistics, job.progress)
     job.say(f"validation data feel {factor:.3g} of the damage that calibration data predict; all predictions are corrected by it")
     if job.folder:
         write_whole(path, lambda temporary: calibrate.save(statistics, temporary))

@@ -6,7 +6,7 @@ from torch import nn
 
 from pared.budget.calibrate import gather
 from pared.budget.damage import held_out, measure, references
-from pared.budget.probe import _rounded, corrected
+from pared.budget.probe import _rounded, correct_
 from pared.site import tensor_sites
 from pared.statistics import Statistics
 from pared.task import Task
@@ -57,8 +57,8 @@ def ratio(model, task, statistics, batches):
 
 def test_a_net_that_memorised_is_predicted_well_on_data_that_nobody_has_seen(memorised):
     model, task = memorised
-    gathered = gather(model, task)
-    statistics, factor = corrected(model, task, gathered)
+    gathered, statistics = gather(model, task), gather(model, task)
+    factor = correct_(model, task, statistics)
     test = list(task.test)
     assert ratio(model, task, gathered, test) < 0.1
     assert 1 / 3 < ratio(model, task, statistics, test) < 3
@@ -67,8 +67,8 @@ def test_a_net_that_memorised_is_predicted_well_on_data_that_nobody_has_seen(mem
 
 def test_every_damage_is_multiplied_by_the_factor_and_positions_are_kept(memorised):
     model, task = memorised
-    gathered = gather(model, task)
-    statistics, factor = corrected(model, task, gathered)
+    gathered, statistics = gather(model, task), gather(model, task)
+    factor = correct_(model, task, statistics)
     assert statistics.positions == gathered.positions
     assert set(statistics) == set(gathered)
     for site in tensor_sites(model):
@@ -79,24 +79,25 @@ def test_every_damage_is_multiplied_by_the_factor_and_positions_are_kept(memoris
 
 def test_the_result_does_not_depend_on_the_scale_it_starts_from(memorised):
     model, task = memorised
-    once, factor = corrected(model, task, gather(model, task))
-    twice, again = corrected(model, task, once)
-    assert again == pytest.approx(1.0, rel=1e-4)
+    statistics = gather(model, task)
+    correct_(model, task, statistics)
     delta = torch.randn(64, 12)
-    assert twice.curvature("0.weight").damage(delta) == pytest.approx(once.curvature("0.weight").damage(delta), rel=1e-3)
+    once = statistics.curvature("0.weight").damage(delta)
+    assert correct_(model, task, statistics) == pytest.approx(1.0, rel=1e-4)
+    assert statistics.curvature("0.weight").damage(delta) == pytest.approx(once, rel=1e-3)
 
 
 def test_the_model_is_left_as_it_was(memorised):
     model, task = memorised
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    corrected(model, task, gather(model, task))
+    correct_(model, task, gather(model, task))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_without_curvature_there_is_no_factor(memorised):
     model, task = memorised
-    statistics, factor = corrected(model, task, Statistics())
-    assert factor == 1.0 and not statistics
+    statistics = Statistics()
+    assert correct_(model, task, statistics) == 1.0 and not statistics
 
 
 def test_held_out_examples_are_the_first_of_the_validation_data():

@@ -67,7 +67,8 @@ def test_the_curvature_is_that_of_the_program(name):
     net, x = NETS[name][0]().eval(), NETS[name][1]()
     batches = [(x[i : i + 16], None) for i in range(0, 48, 16)]
     task = Task(batches, batches, calibration=batches)
-    traced, run = gather(net, task), gather(Branching(net).eval(), task)
+    branching = Branching(net).eval()
+    traced, run = gather(net, task), gather(branching, task)
     paths = set(traced)
     assert paths
     for path in paths:
@@ -76,6 +77,10 @@ def test_the_curvature_is_that_of_the_program(name):
         delta = torch.randn(expected.shape)
         assert found.damage(delta) == pytest.approx(expected.damage(delta), rel=1e-6)
     assert {f"net.{path}": n for path, n in traced.positions.items()} == run.positions
+    parts = gather(branching, task, held=1)  # some matrices at a time
+    for path in run:
+        delta = torch.randn(run.curvature(path).shape)
+        assert parts.curvature(path).damage(delta) == pytest.approx(run.curvature(path).damage(delta), rel=1e-4)
 
 
 def test_branches_that_no_example_takes_are_named_and_still_matter():

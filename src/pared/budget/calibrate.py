@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -27,6 +30,10 @@ WIDEST = 4096
 """A matrix with a longer side is kept as its diagonal."""
 IGNORED = -100
 """The target that cross entropy leaves out."""
+
+HELD = 2**30
+"""Numbers in the matrices of one pass over the calibration data. Where there are more, there are more passes, each for some
+neighbouring layers, and what is done waits in a file."""
 
 _PART = 4
 _FLOATS = 2**28
@@ -51,6 +58,8 @@ def gather(
     seed: int = 0,
     shrink: bool = True,
     progress: Progress | None = None,
+    held: int = HELD,
+    folder: Path | None = None,
 ) -> Statistics:
     """Curvature of the task's loss for every tensor of the model, from calibration data.
 
@@ -72,6 +81,8 @@ def gather(
         seed: of the random signs and positions.
         shrink: move the moments towards the same for all directions, as far as two halves of the data disagree; where the
             data come in one part only, they stay as they are.
+        held: numbers of matrices that are in memory at a time; more need more passes, which give the same.
+        folder: for files of matrices that wait, if there are several passes; default: that of the system's temporary files.
 
     Raises:
         TraceError: the model has no graph, and gradients do not pass through it as it runs either.
@@ -85,18 +96,16 @@ def gather(
         try:
             program = trace(model, args, kwargs)
         except TraceError as reason:
-            return _eagerly(model, task, batches, seed, shrink, n_examples is None, progress or (lambda event: None), reason)
-    calibration = _Calibration(model, task, program, batches, seed, shrink, thrifty=n_examples is None)
-    return calibration.run(progress or (lambda event: None))
+            program, unseen = None, reason
+    calibration = _Calibration(model, task, program, batches, seed, shrink, n_examples is None, held, folder)
+    say = progress or (lambda event: None)
+    return calibration.run(say) if program is not None else _eagerly(calibration, say, unseen)
 
 
-def _eagerly(
-    model: nn.Module, task: Task, batches: list[Batch], seed: int, shrink: bool, thrifty: bool, progress: Progress,
-    reason: TraceError,
-) -> Statistics:  # fmt: skip
+def _eagerly(calibration: _Calibration, progress: Progress, reason: TraceError) -> Statistics:
     """Of a model without graph, for which anything may go wrong that does not where there is one."""
     try:
-        return _Calibration(model, task, None, batches, seed, shrink, thrifty).run(progress)
+        return calibration.run(progress)
     except ParedError:
         raise
     except Exception as error:
@@ -106,10 +115,12 @@ def _eagerly(
 
 class _Calibration:
     def __init__(
-        self, model: nn.Module, task: Task, program: Program | None, batches: list[Batch], seed: int, shrink: bool, thrifty: bool
-    ) -> None:
+        self, model: nn.Module, task: Task, program: Program | None, batches: list[Batch], seed: int, shrink: bool, thrifty: bool,
+        held: int, folder: Path | None,
+    ) -> None:  # fmt: skip
         self.task, self.program, self.batches = task, program, batches
-        self.random = torch.Generator().manual_seed(seed)
+        self.held, self.folder = held, folder
+        self.seed, self.random = seed, torch.Generator()
         self.shrink = shrink
         self.total = sum(batch_size(batch) for batch in batches)
         self.thrifty = thrifty
@@ -138,6 +149,10 @@ class _Calibration:
         self.mixed: set[str] = set()
         self.products: set[str] = set()
         self.energy: dict[str, float] = {}
+        self.sizes: dict[str, int] = {}
+        """Numbers in the matrices of every tensor, in the order of their first use."""
+        self.others: set[str] = set()
+        """Tensors whose matrices another pass gathers."""
         self.n_floats = self.n_now = 0
         self.scouting = False
         self.weights = [] if task.classifies else _weights(model, task, batches[0])
@@ -158,22 +173,53 @@ class _Calibration:
         else:
             twin = Interpreted(self.program, self.root, self._observe)
         self._scout(twin.eval())
+        terms: dict[str, list[Kronecker | Diagonal]] = {path: [] for path in self.leaves}
+        blocks = self._blocks()
+        for number, block in enumerate(blocks):
+            self.others = set(self.sizes) - block
+            self._pass(twin, number, len(blocks), progress)
+            for path, found in self._terms().items():
+                terms[path] += found if len(blocks) == 1 else [_aside(term, self.folder) for term in found]
+            if number == 0:  # all but matrices is known
+                feeling = [leaf.requires_grad_(False) for leaf in self.leaves.values() if leaf.requires_grad]
+        for leaf in feeling:
+            leaf.requires_grad_()
+        return self._statistics(terms, progress)
+
+    def _blocks(self) -> list[set[str]]:
+        """Neighbouring tensors whose matrices are gathered in one pass."""
+        blocks: list[set[str]] = [set()]
+        room = self.held
+        for path, size in self.sizes.items():
+            if size > room and blocks[-1]:
+                blocks.append(set())
+                room = self.held
+            blocks[-1].add(path)
+            room -= size
+        return blocks
+
+    def _pass(self, twin: nn.Module, number: int, of: int, progress: Progress) -> None:
+        """Over all calibration data, with the same random numbers each time."""
+        self.random.manual_seed(self.seed)
+        self.n_seen = self.n_parts = 0
+        self.positions.clear()
         for batch in self.batches:
             for part in self._parts(batch):
                 self.n_now = batch_size(part)
                 self._propagate(self.task.outputs(twin, part), part)
-                self._collect()
+                if number == 0:
+                    self._collect()
                 self.n_seen += self.n_now
                 self.n_parts += 1
-                progress({"doing": "calibrating", "done": min(self.n_seen, self.total), "total": self.total})
+                done = number * self.total + min(self.n_seen, self.total)
+                progress({"doing": "calibrating", "done": done, "total": of * self.total})
                 if self.n_seen >= self.total:
-                    return self._statistics(progress)
+                    return
         if not self.n_seen:
             raise InputError(
                 f"the model fixes the batch at {self.part_size} ({self.static_reason}), but no calibration "
                 "batch holds so many examples; use that batch size"
             )
-        return self._statistics(progress)
 
     def _scout(self, twin: nn.Module) -> None:
         """One forward pass that finds out how large parts may be, and which tensors are also used otherwise."""
@@ -206,7 +252,7 @@ class _Calibration:
         if self.thrifty:
             macs = sum(n * self.leaves[path].numel() for path, n in self.positions.items()) / batch_size(first)
             self.total = min(self.total, max(32, int(_MACS / max(macs, 1.0))))
-        self.positions.clear()
+        self.matrices.clear()
         if free:
             self.part_size = max(1, min(_PART, int(_FLOATS / max(1, self.n_floats + logits))))
 
@@ -261,7 +307,7 @@ class _Calibration:
             return run()
         mixed = path in self.mixed
         output = run(*_values(inputs, detach=lambda operand: mixed and operand is product.operand))
-        if not (output.requires_grad or self.scouting):
+        if not (output.requires_grad or self.scouting or path in self.others):
             output = output.detach().requires_grad_()
         if product.counts_macs:
             share = math.prod(layout.size) / self.leaves[path].numel()
@@ -269,11 +315,16 @@ class _Calibration:
         self.products.add(path)
         if self.scouting:
             self.n_floats += output.numel()
+            if (path, layout) not in self.matrices:
+                self.sizes[path] = self.sizes.get(path, 0) + _Matrix.n_numbers(layout)
+            self.matrices[path, layout] = _Matrix(layout)
+            return output
+        rows, chosen = (self._sample(product.n_positions, layout.size[axis]) for axis in (2, 1))
+        if path in self.others:
             return output
         matrix = self.matrices.setdefault((path, layout), _Matrix(layout))
         with torch.no_grad():
-            matrix.see_inputs(product, self._sample(product.n_positions, layout.size[2]), self.half)
-        chosen = self._sample(product.n_positions, layout.size[1])
+            matrix.see_inputs(product, rows, self.half)
         gradients = product.gradients
         output.register_hook(lambda g: matrix.see_gradients(gradients(g, chosen), self.half))
         return output
@@ -372,15 +423,19 @@ class _Calibration:
             self.squares.setdefault(path, _Moment()).add(slope.square().flatten()[None], self.half)
         self.slopes.clear()
 
-    def _statistics(self, progress: Progress) -> Statistics:
-        curvatures: dict[str, Curvature] = {}
-        terms: dict[str, list[Kronecker | Diagonal]] = {path: [] for path in self.leaves}
+    def _terms(self) -> dict[str, list[Kronecker | Diagonal]]:
+        """What the matrices of a pass come to."""
+        terms: dict[str, list[Kronecker | Diagonal]] = {}
         while self.matrices:  # one by one: they are the better part of the memory
             path, _ = key = next(iter(self.matrices))
-            terms[path].append(self.matrices.pop(key).term(self.n_seen, self.shrink))
-        for path, energy in self.energy.items():
-            if self.positions.get(path, 0.0) > self.n_seen:
-                terms[path] = _rescaled(terms[path], energy / self.n_seen)
+            terms.setdefault(path, []).append(self.matrices.pop(key).term(self.n_seen, self.shrink))
+        for path in terms:
+            if path in self.energy and self.positions.get(path, 0.0) > self.n_seen:
+                terms[path] = _rescaled(terms[path], self.energy[path] / self.n_seen)
+        return terms
+
+    def _statistics(self, terms: dict[str, list[Kronecker | Diagonal]], progress: Progress) -> Statistics:
+        curvatures: dict[str, Curvature] = {}
         for path, square in self.squares.items():
             shape = self.leaves[path].shape
             terms[path].append(Diagonal(square.total((1, shape.numel()), self.shrink).div_(self.n_seen).reshape(shape).cpu()))
@@ -491,6 +546,12 @@ class _Matrix:
         self.gradients = _Moment()
         self.n_gradients = 0
 
+    @staticmethod
+    def n_numbers(layout: Layout) -> int:
+        """That both halves of the data hold."""
+        groups, *sides = layout.size
+        return 2 * groups * sum(side if side > WIDEST else side**2 for side in sides)
+
     def see_inputs(self, product: Product, chosen: Rows, half: int) -> None:
         groups, _, n = self.layout.size
         x = product.inputs(chosen).float()
@@ -509,6 +570,18 @@ class _Matrix:
         groups, m, n = self.layout.size
         inputs, gradients = self.inputs.total((groups, n), shrink), self.gradients.total((groups, m), shrink)
         return Kronecker(inputs.div_(n_examples).cpu(), gradients.div_(max(self.n_gradients, 1)).cpu(), self.layout)
+
+
+def _aside(term: Kronecker | Diagonal, folder: Path | None) -> Kronecker | Diagonal:
+    """The same, with its matrices in a file that has no name and goes with them."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            held = np.memmap(file, np.float32, "w+", shape=tuple(tensor.shape))
+        held[...] = tensor.numpy()
+        return torch.from_numpy(held)
+
+    return replace(term, inputs=moved(term.inputs), gradients=moved(term.gradients)) if isinstance(term, Kronecker) else term
 
 
 def _outer(rows: Tensor, side: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics as middle
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ _MACS = 4e11
 Progress = Callable[[dict[str, Any]], None]
 
 
-def corrected(model: nn.Module, task: Task, found: Statistics, progress: Progress | None = None) -> tuple[Statistics, float]:
-    """The statistics scaled to what validation data say, and the factor.
+def correct_(model: nn.Module, task: Task, found: Statistics, progress: Progress | None = None) -> float:
+    """Scale the statistics to what validation data say, by the factor that it gives.
 
     A network that knows its training data by heart is surer there than on others, so the curvature on calibration data
     cut from them is too small by much the same factor for every tensor. Tensors spread over the network's depth are
@@ -38,7 +37,7 @@ def corrected(model: nn.Module, task: Task, found: Statistics, progress: Progres
 
     Args:
         model: in eval mode, without coded tensors; its values are changed and put back.
-        found: the curvature that calibration gathered.
+        found: the curvature that calibration gathered; it is changed in place, for it may be large.
     """
     sites = _spread([site for site in tensor_sites(model) if _is_probed(site, found)])
     batches = held_out(task, _n_examples(found, sites))
@@ -54,10 +53,14 @@ def corrected(model: nn.Module, task: Task, found: Statistics, progress: Progres
         if progress is not None:
             progress({"doing": "probing", "done": number + 1, "total": len(sites)})
     if not ratios:
-        return found, 1.0
+        return 1.0
     factor = min(max(middle.median(ratios), 1 / MOST), MOST)
-    scaled = {path: _times(curvature, factor) for path in found if (curvature := found.curvature(path)) is not None}
-    return Statistics(scaled, found.positions), factor
+    for path in list(found):
+        if (curvature := found.curvature(path)) is not None:
+            for term in curvature.terms:
+                (term.hessian if isinstance(term, Diagonal) else term.gradients).mul_(factor)
+            found.update({path: Curvature(curvature.shape, curvature.terms)})
+    return factor
 
 
 class _Fixed(nn.Module):
@@ -96,12 +99,3 @@ def _numel(curvature: Curvature | None) -> int:
 def _rounded(value: Tensor, levels: int) -> Tensor:
     step = value.abs().max() / levels
     return torch.where(step > 0, (value / step).round() * step, value)
-
-
-def _times(curvature: Curvature, factor: float) -> Curvature:
-    terms: list[Kronecker | Diagonal] = [
-        replace(term, hessian=term.hessian * factor) if isinstance(term, Diagonal)
-        else replace(term, gradients=term.gradients * factor)
-        for term in curvature.terms
-    ]  # fmt: skip
-    return Curvature(curvature.shape, terms)

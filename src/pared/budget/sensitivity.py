@@ -10,7 +10,7 @@ from torch import nn
 from pared.budget.calibrate import gather
 from pared.budget.damage import held_out, measure, references
 from pared.budget.options import N_MEASURED, candidates
-from pared.budget.probe import corrected
+from pared.budget.probe import correct_
 from pared.place import Refusal
 from pared.site import plain
 from pared.statistics import Statistics
@@ -37,7 +37,8 @@ def sensitivity(
     """
     if statistics is None:
         bare = plain(model)
-        statistics, _ = corrected(bare, task, gather(bare, task, progress=progress), progress)
+        statistics = gather(bare, task, progress=progress)
+        correct_(bare, task, statistics, progress)
     batches = held_out(task, n_examples)
     originals = references(model, task, batches)
     refusals: dict[tuple[str, str, str], Refusal] = {}

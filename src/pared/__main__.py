@@ -1,0 +1,5 @@
+"""`python -m pared` is the command `pared`."""
+
+from pared.cli import main
+
+main()
