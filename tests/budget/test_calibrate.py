@@ -276,7 +276,7 @@ def test_statistics_of_a_linear_layer_are_the_moments_of_inputs_and_the_count_of
 
 
 def test_a_wide_side_keeps_its_diagonal(monkeypatch):
-    monkeypatch.setattr("pared.budget.calibrate.WIDEST", 10)
+    monkeypatch.setattr("pared.budget.moments.WIDEST", 10)
     model, x = nn.Linear(12, 5), torch.randn(256, 12)
     term = gather(model, task_of(x), shrink=False).curvature("weight").matrix()
     assert term.inputs.shape == (1, 12) and term.gradients.shape == (1, 5, 5)

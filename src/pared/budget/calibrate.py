@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pared.budget.moments import Matrix, Moment, aside, is_wide, rescaled
 from pared.budget.products import Product, Rows, product_of
 from pared.errors import InputError, ParedError, TraceError
 from pared.graph import Eager, Interpreted, Node, Operand, Program, trace
@@ -23,11 +22,9 @@ from pared.site import duplicate, tensor_sites
 from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics, load, save
 from pared.task import Batch, Task, batch_size, class_logits, float_outputs, output_weights, to_device_of
 
-__all__ = ["WIDEST", "gather", "load", "save"]
+__all__ = ["gather", "load", "save"]
 
 N_EXAMPLES = 512
-WIDEST = 4096
-"""A matrix with a longer side is kept as its diagonal."""
 IGNORED = -100
 """The target that cross entropy leaves out."""
 
@@ -40,11 +37,6 @@ _FLOATS = 2**28
 _MACS = 2e11
 _WORK = 2e10
 """Multiply-adds spent on one matrix: of wide ones a sample of the positions is used, never fewer than 4 per column."""
-
-SHARES = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
-"""How far moments are moved towards the same for all directions."""
-_WIDEST_SHARE = 1024
-"""Longer sides are judged by a part of them."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -141,8 +133,8 @@ class _Calibration:
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(lambda leaf, path=path: self._see_whole(path, leaf))
         self.device = next((leaf.device for leaf in state.values()), torch.device("cpu"))
-        self.matrices: dict[tuple[str, Layout], _Matrix] = {}
-        self.squares: dict[str, _Moment] = {}
+        self.matrices: dict[tuple[str, Layout], Matrix] = {}
+        self.squares: dict[str, Moment] = {}
         self.slopes: dict[str, Tensor] = {}
         self.norms: dict[str, _Norm] = {}
         self.positions: dict[str, float] = {}
@@ -179,7 +171,7 @@ class _Calibration:
             self.others = set(self.sizes) - block
             self._pass(twin, number, len(blocks), progress)
             for path, found in self._terms().items():
-                terms[path] += found if len(blocks) == 1 else [_aside(term, self.folder) for term in found]
+                terms[path] += found if len(blocks) == 1 else [aside(term, self.folder) for term in found]
             if number == 0:  # all but matrices is known
                 feeling = [leaf.requires_grad_(False) for leaf in self.leaves.values() if leaf.requires_grad]
         for leaf in feeling:
@@ -316,13 +308,13 @@ class _Calibration:
         if self.scouting:
             self.n_floats += output.numel()
             if (path, layout) not in self.matrices:
-                self.sizes[path] = self.sizes.get(path, 0) + _Matrix.n_numbers(layout)
-            self.matrices[path, layout] = _Matrix(layout)
+                self.sizes[path] = self.sizes.get(path, 0) + Matrix.n_numbers(layout)
+            self.matrices[path, layout] = Matrix(layout)
             return output
         rows, chosen = (self._sample(product.n_positions, layout.size[axis]) for axis in (2, 1))
         if path in self.others:
             return output
-        matrix = self.matrices.setdefault((path, layout), _Matrix(layout))
+        matrix = self.matrices.setdefault((path, layout), Matrix(layout))
         with torch.no_grad():
             matrix.see_inputs(product, rows, self.half)
         gradients = product.gradients
@@ -339,7 +331,7 @@ class _Calibration:
 
     def _sample(self, n_positions: int, side: int) -> Rows:
         """Numbers of the positions to use for a matrix with this side, None for all."""
-        if side > WIDEST:
+        if is_wide(side):
             return None
         share = self.n_now / self.total
         most = math.ceil(max(4 * side, _WORK / side**2) * share)
@@ -420,7 +412,7 @@ class _Calibration:
                 self.slopes[norm.mean] = -step * self.slopes[norm.bias]
                 self.slopes[norm.var] = -0.5 * step * scale * self.slopes[norm.gain]
         for path, slope in self.slopes.items():
-            self.squares.setdefault(path, _Moment()).add(slope.square().flatten()[None], self.half)
+            self.squares.setdefault(path, Moment()).add(slope.square().flatten()[None], self.half)
         self.slopes.clear()
 
     def _terms(self) -> dict[str, list[Kronecker | Diagonal]]:
@@ -431,7 +423,7 @@ class _Calibration:
             terms.setdefault(path, []).append(self.matrices.pop(key).term(self.n_seen, self.shrink))
         for path in terms:
             if path in self.energy and self.positions.get(path, 0.0) > self.n_seen:
-                terms[path] = _rescaled(terms[path], self.energy[path] / self.n_seen)
+                terms[path] = rescaled(terms[path], self.energy[path] / self.n_seen)
         return terms
 
     def _statistics(self, terms: dict[str, list[Kronecker | Diagonal]], progress: Progress) -> Statistics:
@@ -483,124 +475,6 @@ class _Norm:
     mean: str
     var: str
     eps: float
-
-
-class _Moment:
-    """A sum of second moments, (groups, n, n) or the diagonals (groups, n), over two halves of the calibration data."""
-
-    def __init__(self) -> None:
-        self.halves: list[Tensor | None] = [None, None]
-
-    def add(self, part: Tensor, half: int) -> None:
-        held = self.halves[half]
-        self.halves[half] = part if held is None else held.add_(part)
-
-    def total(self, size: tuple[int, ...], shrink: bool) -> Tensor:
-        """The sum, moved towards the same for all directions by as much as makes each half likeliest given the other.
-
-        Where weights are rounded with a step of 1 / sqrt(moment) in each direction, the bits are 1/2 log det M and the damage
-        on other data, with moments N, is tr(M^-1 N): together the likelihood of normal data. A direction that the calibration
-        data happen to leave out would else be free to be spoilt. (Ledoit & Wolf 2004 shrink for the least square error.)
-        """
-        first, second = self.halves
-        if first is None or second is None:
-            found = first if second is None else second
-            return torch.zeros(size) if found is None else found
-        share = _share(first, second) if shrink else 0.0
-        total = first.add_(second)
-        self.halves = [None, None]
-        diagonal = total if total.ndim < 3 else total.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean()
-        total.mul_(1 - share)
-        diagonal.add_(share * mean)
-        return total
-
-
-def _share(first: Tensor, second: Tensor) -> float:
-    """How far to move: the share among `SHARES` with the largest likelihood of either half given the other."""
-    scores = torch.zeros(len(SHARES), dtype=torch.float64)
-    shares = torch.tensor(SHARES, dtype=torch.float64)
-    for known, other in ((first, second), (second, first)):
-        if known.ndim == 3 and known.shape[1] > 1:
-            chosen = slice(None, None, -(-known.shape[1] // _WIDEST_SHARE))
-            known, other = known[:, chosen, chosen], other[:, chosen, chosen]
-            values, vectors = torch.linalg.eigh(known.double())
-            seen = torch.einsum("gji,gjk,gki->gi", vectors, other.double(), vectors)
-        else:
-            values, seen = known.flatten().double(), other.flatten().double()
-        mean, mean_seen = values.mean(), seen.mean()
-        if not (mean > 0 and mean_seen > 0):
-            return 0.0
-        values, seen = (values / mean).clamp_min(0).flatten(), (seen / mean_seen).flatten()
-        moved = (1 - shares[:, None]) * values + shares[:, None]
-        scores += (moved.log() + seen / moved).mean(1).cpu()
-    return SHARES[int(scores.argmin())]
-
-
-class _Matrix:
-    """Sums for one use of a tensor as a matrix."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.inputs = _Moment()
-        self.gradients = _Moment()
-        self.n_gradients = 0
-
-    @staticmethod
-    def n_numbers(layout: Layout) -> int:
-        """That both halves of the data hold."""
-        groups, *sides = layout.size
-        return 2 * groups * sum(side if side > WIDEST else side**2 for side in sides)
-
-    def see_inputs(self, product: Product, chosen: Rows, half: int) -> None:
-        groups, _, n = self.layout.size
-        x = product.inputs(chosen).float()
-        if x.ndim == 2:  # an embedding: counts
-            self.inputs.add(x, half)
-            return
-        share = 1.0 if chosen is None else product.n_positions / len(chosen)
-        self.inputs.add(_outer(x, n).mul_(share), half)
-
-    def see_gradients(self, g: Tensor, half: int) -> None:
-        groups, m, _ = self.layout.size
-        self.gradients.add(_outer(g.float(), m), half)
-        self.n_gradients += g.shape[1]
-
-    def term(self, n_examples: int, shrink: bool) -> Kronecker:
-        groups, m, n = self.layout.size
-        inputs, gradients = self.inputs.total((groups, n), shrink), self.gradients.total((groups, m), shrink)
-        return Kronecker(inputs.div_(n_examples).cpu(), gradients.div_(max(self.n_gradients, 1)).cpu(), self.layout)
-
-
-def _aside(term: Kronecker | Diagonal, folder: Path | None) -> Kronecker | Diagonal:
-    """The same, with its matrices in a file that has no name and goes with them."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            held = np.memmap(file, np.float32, "w+", shape=tuple(tensor.shape))
-        held[...] = tensor.numpy()
-        return torch.from_numpy(held)
-
-    return replace(term, inputs=moved(term.inputs), gradients=moved(term.gradients)) if isinstance(term, Kronecker) else term
-
-
-def _outer(rows: Tensor, side: int) -> Tensor:
-    """The sum over positions of r r^T, rows (groups, positions, side); its diagonal if side is wide."""
-    return rows.square().sum(1) if side > WIDEST else rows.transpose(1, 2) @ rows
-
-
-def _rescaled(terms: list[Kronecker | Diagonal], energy: float) -> list[Kronecker | Diagonal]:
-    """The same curvature with the trace that was seen: E |sum over positions of g x^T|^2.
-
-    G and A alone leave out that gradients of neighbouring positions agree, which matters where a weight is used many
-    times over (the hidden-to-hidden weights of a recurrent layer are out by a factor of five without it).
-    """
-    products = [term for term in terms if isinstance(term, Kronecker)]
-    trace = sum(term.trace() for term in products)
-    if not (trace > 0 and energy > 0 and math.isfinite(energy)):
-        return terms
-    factor = energy / trace
-    return [replace(t, gradients=t.gradients.mul_(factor)) if isinstance(t, Kronecker) else t for t in terms]
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
