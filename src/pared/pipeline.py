@@ -319,7 +319,7 @@ def _finish(job: Job, search: Search, best: Trial, met: bool) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         file = job.folder.file("model.pared") if job.folder else Path(scratch) / "model.pared"
         artifact.save(best.model, file, store=job.store, program=job.program is not None)
-        after = measure(best.model, job.task, job.original, runtimes, file=file, seconds=3.0)
+        after = measure(best.model, job.task, job.original, runtimes, threads=torch.get_num_threads(), file=file, seconds=3.0)
     before = after.against
     if before is None:
         raise ValueError("measuring against the original must measure the original")

@@ -14,8 +14,8 @@ from torch import nn
 
 from pared.budget.allocate import Plan, allocate, curve, smallest
 from pared.budget.calibrate import gather
-from pared.budget.channel_latency import Timed, timed_layers
-from pared.budget.channels import Removal, channel_options, masks, plan_channels
+from pared.budget.channel_latency import timed_layers
+from pared.budget.channels import Layer, Removal, channel_options, masks, plan_channels
 from pared.budget.options import fixed_bits, options
 from pared.errors import BudgetError
 from pared.graph.channels import Channels
@@ -145,7 +145,7 @@ class Search:
         self, index: int, model: nn.Module, statistics: Statistics, levels: tuple[Level, ...], macs: float
     ) -> Iterator[Way]:
         job, step, graph = self.job, self.job.steps[index], None
-        layers: list[Timed] = []
+        layers: list[Layer] = []
         if step.cuts:
             graph = Channels(duplicate(model).eval(), *job.example)
             candidates, by_time = list(step.candidates), job.target.speedup is not None and not step.learns
@@ -176,7 +176,7 @@ class Search:
             yield from self._explore(index + 1, twin, seen, (*levels, Level(chosen, graph, tuple(found), seen)), left)
 
     def _cut_levels(
-        self, found: list[Option], graph: Channels, macs: float, layers: Sequence[Timed]
+        self, found: list[Option], graph: Channels, macs: float, layers: Sequence[Layer]
     ) -> list[tuple[Option, ...]]:
         """A few plans of a step that removes channels before others follow: what is asked, or some shares of the MACs."""
         whole = graph.macs({})
@@ -420,7 +420,7 @@ def _cut_cost(way: Way, chosen: Sequence[Option]) -> Cost:
     return Cost(graph.bits(gone), way.macs * graph.macs(gone) / graph.macs({}), _milliseconds(way.layers, keep))
 
 
-def _milliseconds(layers: Sequence[Timed], keep: np.ndarray) -> float:
+def _milliseconds(layers: Sequence[Layer], keep: np.ndarray) -> float:
     return sum(layer.at(keep) for layer in layers)
 
 

@@ -16,8 +16,7 @@ from pared import artifact, registry
 from pared.budget.allocate import Plan
 from pared.budget.biases import place_on_network
 from pared.budget.calibrate import gather
-from pared.budget.channel_latency import Timed
-from pared.budget.channels import Removal, partly
+from pared.budget.channels import Layer, Removal, partly
 from pared.budget.gates import absorb_, closed, gated
 from pared.budget.layer_latency import slower
 from pared.budget.observe import observe
@@ -73,7 +72,7 @@ class Way:
     fixed_bits: float
     macs: float = 0.0
     graph: Channels | None = None
-    layers: Sequence[Timed] = ()
+    layers: Sequence[Layer] = ()
 
     @property
     def damage(self) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import pared
 from pared import prune
 from pared.budget import channel_latency
 from pared.budget.channel_latency import Side, Timed, timed_layers
@@ -16,9 +17,10 @@ from pared.budget.channels import masks, plan_channels
 from pared.budget.layer_latency import LatencyTable
 from pared.errors import BudgetError
 from pared.graph.channels import Channels
-from pared.search import Aim
+from pared.search import Aim, Search
 from pared.statistics import Statistics
 from pared.technique import Cost, Option
+from pared.testing import net
 
 KEEP = [k / 32 for k in range(4, 32)]
 
@@ -109,12 +111,14 @@ def test_a_plan_that_cannot_be_fast_enough_says_what_is_left(network):
         plan_channels(network.options, network.graph, latency_ms=1, layers=network.layers)
 
 
-def test_what_there_is_no_time_for_is_left_out_and_said(network, monkeypatch, tmp_path):
+def test_what_there_is_no_time_for_is_timed_whole_and_said(network, monkeypatch, tmp_path):
     monkeypatch.setattr(channel_latency, "SECONDS_IN_ALL", -1.0)
     said = []
     table = LatencyTable("torch", tmp_path / "empty.json")
-    assert timed_layers(network.model, network.example, network.graph, network.options, table, said.append) == []
-    assert "3 more, 0 the first" in said[1]
+    found = timed_layers(network.model, network.example, network.graph, network.options, table, said.append)
+    assert [layer.at([1.0, 1.0]) for layer in found] == [2, 4, 2]
+    assert [layer.at([0.5, 0.25]) for layer in found] == [1, 0.5, 0.5]  # products of the widths
+    assert "0 measured" in said[0] and "3 whole only" in said[0]
 
 
 def test_depthwise_convolutions_have_one_side(monkeypatch, tmp_path):
@@ -149,3 +153,22 @@ def test_the_aim_goes_up_again_after_a_plan_that_was_too_fast():
     aim = Aim(2.0)
     aim.saw(4.0)
     assert 0.5 < aim.pace < 1
+
+
+def test_compress_for_latency_leaves_widths_that_the_machine_likes(monkeypatch, tmp_path):
+    """On a machine that works on sixteen units at a time and takes 4 ms for what is no layer."""
+
+    def whole(_, model):
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        return 4 + sum(math.ceil(m.in_features / 16) * math.ceil(m.out_features / 16) for m in linear)
+
+    found = net("perceptron")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(channel_latency, "_time", by_blocks)
+    monkeypatch.setattr(Search, "_timed", lambda self, model: whole(self, self.job.original) / whole(self, model))
+    recipe = {"steps": [{"prune.channels": {"keep": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]}}]}
+    result = pared.compress(found.model, found.task, recipe, latency="1.5x", train=False)
+    assert result.met
+    widths = [m.out_features for m in result.model.modules() if isinstance(m, nn.Linear)][:-1]
+    assert sum(widths) < 48 + 32 and all(n % 16 == 0 for n in widths)
+    assert whole(None, found.model) / whole(None, result.model) >= 1.5

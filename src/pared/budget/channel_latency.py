@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pared.budget.channels import Layer
 from pared.budget.layer_latency import Call, LatencyTable, seen
 from pared.cut import CutStructure
 from pared.errors import ParedError
-from pared.graph.channels import Axis, Channels
+from pared.graph.channels import Axis, Channels, Load
 from pared.measurement.latency import compare
 from pared.runtimes import layer_session
 from pared.technique import Option
@@ -24,7 +25,7 @@ from pared.technique import Option
 SECONDS = 2.0
 """For the timed calls of one layer with all its widths."""
 SECONDS_IN_ALL = 60.0
-"""After so long, layers that are not measured yet are left out."""
+"""After so long, layers that are not measured yet are timed whole, and count as products of their widths."""
 BYTES_AT_ONCE = 2**28
 """Of the weights of layers that are timed in turn."""
 
@@ -90,34 +91,36 @@ def timed_layers(
     options: Sequence[Option],
     table: LatencyTable,
     say: Callable[[str], Any],
-) -> list[Timed]:
+) -> list[Layer]:
     """Every convolution and linear layer that the options can make narrower, measured alone at the widths that they leave.
 
-    Layers of one description are measured once, and never again on this machine. What runs alone differently than in the
-    network (grouped convolutions other than depthwise ones, transposed ones) and what there was no time for is left out.
+    Layers of one description are measured once, and never again on this machine. Grouped convolutions other than depthwise
+    ones and transposed ones are left out.
     """
     shares = _shares(options, graph)
-    start, n_new, late = time.perf_counter(), 0, []
-    found: list[Timed] = []
+    start, n_new, n_whole = time.perf_counter(), 0, 0
+    found: list[Layer] = []
     for path, (layer, x) in seen(model, example).items():
         sides = [Side(axis, _widths(axis, shares)) for axis in _axes(layer, graph, path)]
         moving = [side for side in sides if len(side.widths) > 1]
         if not moving:
             continue
-        key = f"{_sized(layer, sides[0].widths[-1], sides[-1].widths[-1], 'meta')} on {tuple(x.shape)} | "
-        key += " x ".join(",".join(map(str, side.widths)) for side in sides)
-        if not table.knows(key):
-            if time.perf_counter() - start > SECONDS_IN_ALL:
-                late.append(path)
-                continue
-            n_new += 1
-        ms = table.get(key, partial(_time, layer, x, sides, table))
-        if len(ms):
+        name = f"{_sized(layer, sides[0].widths[-1], sides[-1].widths[-1], 'meta')} on {tuple(x.shape)}"
+        key = f"{name} | {' x '.join(','.join(map(str, side.widths)) for side in sides)}"
+        is_late = not table.knows(key) and time.perf_counter() - start > SECONDS_IN_ALL
+        if is_late:
+            n_whole += 1
+            whole = [Side(side.axis, side.widths[-1:]) for side in sides]
+            if ms := table.get(name, partial(_time, layer, x, whole, table)):
+                each = ms[0] / math.prod(side.widths[-1] for side in moving)
+                found.append(Load(each, tuple(side.axis for side in moving)))
+            continue
+        n_new += not table.knows(key)
+        if ms := table.get(key, partial(_time, layer, x, sides, table)):
             found.append(_timed(moving, ms))
     seconds = time.perf_counter() - start
-    say(f"{len(found)} layers at the widths on offer in {table.runtime}: {n_new} measured, in {seconds:.0f} s, the others known")
-    if late:
-        say(f"there was no time to measure {len(late)} more, {late[0]} the first; the next run measures them")
+    late = f", {n_whole} whole only, since the time was over" if n_whole else ""
+    say(f"{len(found)} layers at the widths on offer in {table.runtime}: {n_new} measured in {seconds:.0f} s{late}, others known")
     return found
 
 

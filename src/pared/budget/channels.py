@@ -329,4 +329,4 @@ def _given_back(
         total += more
 
 
-__all__ = ["Removal", "channel_options", "cut_by_hand_", "masks", "partly", "plan_channels", "refused"]
+__all__ = ["Layer", "Removal", "channel_options", "cut_by_hand_", "masks", "partly", "plan_channels", "refused"]
