@@ -104,7 +104,7 @@ def compress(
             macs or latency are asked for and no size, and `smallest` where neither is and there is no training.
         size: of the whole file: "20x", "5%", "1.2MB".
         macs: multiply-adds: "2x", "50%", "300M".
-        latency: "3x" or "3x@onnxruntime".
+        latency: "3x" or "3x@onnxruntime", one example at a time.
         max_drop: accepted drop of the metric in points (in % of its value where scores are not within [0, 1], as of text), with
             a margin for chance (see `pared.search.margin`); alone, it
             asks for the smallest file within it.
