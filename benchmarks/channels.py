@@ -4,6 +4,7 @@
     python benchmarks/channels.py --peer DIR --epochs 10         # the same fine-tuning for both, and from scratch (Scratch-B)
 
     python benchmarks/channels.py --latency                      # of the pruned networks in ONNX Runtime, batch 1
+    python benchmarks/channels.py --by-time                      # planned by the time of layers, and by MACs at the same damage
 
 DIR holds torch-pruning (pip install --no-deps --target DIR torch-pruning). Both get the same trained network, the same
 calibration images and the same number of epochs of distillation from the original; accuracy is on the test images,
@@ -29,11 +30,15 @@ from torch import nn
 
 import pared
 from pared import registry, sources
+from pared.budget.calibrate import gather
+from pared.budget.channels import Removal, channel_options, plan_channels
 from pared.errors import BudgetError, InputError
-from pared.measurement import compare
+from pared.graph.channels import Channels
+from pared.measurement import Latency, compare
 from pared.measurement.compute import compute
 from pared.measurement.quality import drop, evaluate
-from pared.site import plain
+from pared.site import duplicate, plain
+from pared.technique import Option
 from pared.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,15 +127,7 @@ def latency(original: nn.Module, task: pared.Task, share: float) -> list[dict[st
             rows[f"multiples of {multiple}"] = pared.compress(original, task, recipe=recipe, macs=f"{share}x", train=False).model
         except BudgetError as error:
             print(f"multiples of {multiple}: {error}", flush=True)
-    calls = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, model in rows.items():
-            pared.export(model, Path(folder) / "net.onnx", example=torch.zeros(1, 1, 28, 28))
-            settings = onnxruntime.SessionOptions()
-            settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-            session = onnxruntime.InferenceSession(str(Path(folder) / "net.onnx"), settings)
-            calls[name] = partial(session.run, None, {session.get_inputs()[0].name: torch.zeros(1, 1, 28, 28).numpy()})
-        measured = compare(calls, n_runs=5000, n_warmup=50, seconds=20)
+    measured = timed(rows)
     return [
         {
             "widths": name,
@@ -143,11 +140,84 @@ def latency(original: nn.Module, task: pared.Task, share: float) -> list[dict[st
     ]
 
 
+def timed(models: dict[str, nn.Module]) -> dict[str, Latency]:
+    """One image in ONNX Runtime, one thread, in turns."""
+    calls = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            pared.export(model, Path(folder) / "net.onnx", example=torch.zeros(1, 1, 28, 28))
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads, settings.log_severity_level = 1, 3
+            session = onnxruntime.InferenceSession(str(Path(folder) / "net.onnx"), settings)
+            calls[name] = partial(session.run, None, {session.get_inputs()[0].name: torch.zeros(1, 1, 28, 28).numpy()})
+        return compare(calls, n_runs=5000, n_warmup=50, seconds=20)
+
+
+def by_time(original: nn.Module, task: pared.Task, target: float) -> list[dict[str, Any]]:
+    """compress(latency=) beside plans for MACs with as much predicted damage: widths as they come, multiples of 8 and of 16."""
+    recipe = {"steps": [{"prune.channels": {"keep": KEEP}}]}
+    said: list[str] = []
+    start = time.perf_counter()
+    found = pared.compress(
+        original, task, recipe=recipe, latency=f"{target}x@onnxruntime", train=False,
+        progress=lambda event: said.append(event["say"]) if "say" in event else None,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    print("\n".join(line for line in said if "faster" in line or "widths" in line), flush=True)
+    kept = next(trial for trial in found.data["trials"] if trial["accepted"])
+    rows: dict[str, tuple[nn.Module, float]] = {"original": (original, 0.0), "by time": (found.model, kept["predicted_damage"])}
+    statistics = gather(original, task, seed=0, progress=lambda event: None)
+    graph = Channels(duplicate(original).eval(), *task.example(original))
+    for multiple in (1, 8, 16):
+        techniques = [registry.get("prune.channels")(keep=keep, round_to=multiple) for keep in KEEP]
+        options, _ = channel_options(graph.model, techniques, statistics, graph, task)
+        plan = most_within(options, graph, kept["predicted_damage"])
+        cut = duplicate(original).eval()
+        Removal(cut, graph, task).remove_(plan)
+        rows[f"by MACs, multiples of {multiple}"] = cut, sum(option.damage for option in plan)
+    measured = timed({name: model for name, (model, _) in rows.items()})
+    return [
+        {
+            "plan": name,
+            "asked": target,
+            "faster": measured["original"].p10 / one.p10,
+            "faster_median": measured["original"].median / one.median,
+            "milliseconds": one.to_json(),
+            "macs_ratio": macs(original) / macs(rows[name][0]),
+            "predicted_damage": rows[name][1],
+            "accuracy": evaluate(rows[name][0], task, task.test, reference=original).value,
+            "widths": [m.out_channels for m in rows[name][0].modules() if isinstance(m, nn.Conv2d)],
+            **({"seconds": round(seconds, 1)} if name == "by time" else {}),
+        }
+        for name, one in measured.items()
+    ]
+
+
+def most_within(options: list[Option], graph: Channels, damage: float) -> list[Option]:
+    """The plan for the fewest MACs whose damage is within the limit."""
+    best: list[Option] = []
+    low, high = 0.02, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        try:
+            plan = plan_channels(options, graph, macs=middle * graph.macs({}))
+        except BudgetError:
+            low = middle
+            continue
+        if sum(option.damage for option in plan) <= damage:
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="a folder with torch-pruning")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--latency", action="store_true", help="time the pruned networks, on a machine that does nothing else")
+    parser.add_argument("--by-time", action="store_true", help="ask for latency, beside plans for MACs")
+    parser.add_argument("--targets", type=float, nargs="+", default=[1.5, 2.0], help="of --by-time")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -161,12 +231,18 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {"runs": []}
     found: list[dict[str, Any]] = results["runs"]
     original = small_resnet.small_resnet_trained().eval()
-    if given.latency:
+    if given.latency or given.by_time:
+        torch.manual_seed(0)
         nets = {"small_resnet": original}
         nets["32 channels, full resolution, random weights"] = small_resnet.SmallResNet(width=32, stride=1).eval()
         task = sources.data("fashion-mnist", original).task
-        results["latency"] = {name: latency(net, task, given.shares[-1]) for name, net in nets.items()}
-        print(json.dumps(results["latency"], indent=1))
+        if given.latency:
+            results["latency"] = {name: latency(net, task, given.shares[-1]) for name, net in nets.items()}
+        else:
+            results["by_time"] = {
+                name: [row for target in given.targets for row in by_time(net, task, target)] for name, net in nets.items()
+            }
+        print(json.dumps(results["latency" if given.latency else "by_time"], indent=1))
         path.write_text(json.dumps(results, indent=1) + "\n")
         return
     for seed in given.seeds:

@@ -228,6 +228,11 @@ def channels(found: Any) -> list[tuple[str, str]]:
         told = [f"{row['widths']} {row['faster']:.2f}x" for row in timed if row["widths"] != "original"]
         title = f"Channels, ONNX Runtime, one image, {timed[0]['macs_asked']:g}x fewer MACs: {net}"
         rows.append((title, "; ".join(told)))
+    for net, timed in found.get("by_time", {}).items():
+        for asked in dict.fromkeys(row["asked"] for row in timed):
+            those = [row for row in timed if row["asked"] == asked and row["plan"] != "original"]
+            told = [f"{row['plan']} {row['faster']:.2f}x ({row['macs_ratio']:.2f}x fewer MACs)" for row in those]
+            rows.append((f"Channels, {asked:g}x faster asked of ONNX Runtime, equal predicted damage: {net}", "; ".join(told)))
     return rows
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
+from pared.budget.layer_latency import LatencyTable
 from pared.budget.target import Target
 from pared.graph import Program
+from pared.measurement import example_batch
 from pared.place import Progress
 from pared.recipe import Recipe, Step
 from pared.runfolder import RunFolder
-from pared.task import Task
+from pared.task import Task, to_device_of
 from pared.technique import Edit, Option, Technique
 
 
@@ -82,6 +86,16 @@ class Job:
     def trains(self) -> bool:
         """Whether any step is to be trained."""
         return self.train and any(step.training and step.training.epochs for step in self.steps)
+
+    @cached_property
+    def one(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call of the network with one example, for latency."""
+        return self.task.call(self.original, to_device_of(self.original, example_batch(self.task, 1)))
+
+    @property
+    def table(self) -> LatencyTable:
+        """How long layers take in the runtime that is asked for, with as many threads as torch has."""
+        return LatencyTable(self.target.runtime, threads=torch.get_num_threads())
 
     def resolved(self, levels: Sequence[Sequence[Option]]) -> str:
         """The recipe with every choice resolved, and what was chosen where."""

@@ -104,7 +104,7 @@ def compress(
             macs or latency are asked for and no size, and `smallest` where neither is and there is no training.
         size: of the whole file: "20x", "5%", "1.2MB".
         macs: multiply-adds: "2x", "50%", "300M".
-        latency: "3x" or "3x@onnxruntime".
+        latency: "3x" or "3x@onnxruntime", one example at a time.
         max_drop: accepted drop of the metric in points (in % of its value where scores are not within [0, 1], as of text), with
             a margin for chance (see `pared.search.margin`); alone, it
             asks for the smallest file within it.
@@ -320,7 +320,7 @@ def _finish(job: Job, search: Search, best: Trial, met: bool) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         file = job.folder.file("model.pared") if job.folder else Path(scratch) / "model.pared"
         artifact.save(best.model, file, store=job.store, program=job.program is not None)
-        after = measure(best.model, job.task, job.original, runtimes, file=file, seconds=3.0)
+        after = measure(best.model, job.task, job.original, runtimes, threads=torch.get_num_threads(), file=file, seconds=3.0)
     before = after.against
     if before is None:
         raise ValueError("measuring against the original must measure the original")

@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
 from pared.budget.allocate import Plan, allocate, curve, smallest
 from pared.budget.calibrate import gather
-from pared.budget.channels import Removal, channel_options, masks, plan_channels
+from pared.budget.channel_latency import timed_layers
+from pared.budget.channels import Layer, Removal, channel_options, masks, plan_channels
 from pared.budget.options import fixed_bits, options
 from pared.errors import BudgetError
 from pared.graph.channels import Channels
@@ -30,6 +33,8 @@ MAX_TRIALS = 6
 """How many plans are trained and verified at most while the accepted drop is used up."""
 MAX_CHEAP_TRIALS = 16
 """The same for plans that need no training."""
+MAX_PACES = 5
+"""How many plans are carried out at most until the network is as fast as asked."""
 SIZE_TOLERANCE = 0.01
 """A plan this close below the size asked for is close enough."""
 
@@ -40,6 +45,56 @@ class Found(NamedTuple):
     best: Trial
     met: bool
     reason: str = ""
+
+
+class Aim:
+    """The predicted share of the time to plan for, so that the network as a whole is as fast as asked.
+
+    What is predicted and what is measured differ by what no plan changes, so the share that is measured is taken for a
+    straight line between the two plans next to the one that is wanted.
+
+    Args:
+        speedup: what is asked.
+        rise: the predicted time of the whole over the measured one, so that a millisecond saved in a layer is one saved in all.
+    """
+
+    NEAR = 0.95
+    """A network that takes this share of the time allowed, or more, is near enough."""
+    SAFE = 0.98
+    """The share of the time allowed that is aimed at."""
+
+    def __init__(self, speedup: float, rise: float = 1.0) -> None:
+        self.allowed = 1 / speedup
+        self.pace = min(1.0, max(0.5 * self.allowed, 1 - (1 - self.SAFE * self.allowed) / rise))
+        self.slow, self.fast = (1.0, 1.0), (0.0, 0.0)
+        self.least = 0.0
+        self.is_over = False
+
+    def saw(self, speedup: float) -> None:
+        """Take in how fast the plan at `pace` made the network."""
+        time = 1 / speedup
+        if self.NEAR * self.allowed <= time <= self.allowed:
+            self.is_over = True
+            return
+        if time <= self.allowed:
+            self.fast = max(self.fast, (self.pace, time))
+        else:
+            last, self.slow = self.slow, min(self.slow, (self.pace, time))
+        near, far = self.slow, self.fast
+        if not self.fast[0]:  # all too slow: go on along the line through the last two
+            near, far = last, self.slow
+        rise = (near[1] - far[1]) / max(near[0] - far[0], 1e-9)
+        pace = far[0] + (self.SAFE * self.allowed - far[1]) / rise if rise > 0 else 0.0
+        low, high = (self.fast[0] or max(0.5 * self.slow[0], self.least)), self.slow[0]
+        margin = 0.1 * (high - low)
+        self.pace = min(max(pace, low + margin), high - margin)
+        self.is_over = high - low < 0.02
+
+    def cannot(self) -> None:
+        """No plan is that fast."""
+        self.least = self.pace
+        self.pace = (self.pace + self.slow[0]) / 2
+        self.is_over = self.slow[0] - self.least < 0.02
 
 
 class Search:
@@ -104,9 +159,15 @@ class Search:
         self, index: int, model: nn.Module, statistics: Statistics, levels: tuple[Level, ...], macs: float
     ) -> Iterator[Way]:
         job, step, graph = self.job, self.job.steps[index], None
+        layers: list[Layer] = []
         if step.cuts:
             graph = Channels(duplicate(model).eval(), *job.example)
-            found, refusals = channel_options(graph.model, step.candidates, statistics, graph, job.task, job.progress)
+            candidates, by_time = list(step.candidates), job.target.speedup is not None and not step.learns
+            if by_time:
+                candidates = list(dict.fromkeys(other for technique in candidates for other in technique.widths()))
+            found, refusals = channel_options(graph.model, candidates, statistics, graph, job.task, job.progress)
+            if by_time:
+                layers = timed_layers(graph.model, job.one, graph, found, job.table, job.say)
         else:
             found, refusals = options(model, list(step.candidates), statistics, job.task, progress=job.progress)
         if index == 0:
@@ -114,9 +175,9 @@ class Search:
             self.first_options = found
         if index == len(job.steps) - 1:
             covered = set() if graph else {path for option in found for path in option.site.covers}
-            yield Way(levels, found, model, statistics, 0.0 if graph else fixed_bits(model, covered), macs, graph)
+            yield Way(levels, found, model, statistics, 0.0 if graph else fixed_bits(model, covered), macs, graph, layers)
             return
-        for chosen in _levels(found) if graph is None else self._cut_levels(found, graph, macs):
+        for chosen in _levels(found) if graph is None else self._cut_levels(found, graph, macs, layers):
             twin = duplicate(model)
             if graph is None:
                 grown = statistics.copy()
@@ -128,9 +189,14 @@ class Search:
             left = macs * graph.macs(masks(chosen, graph)) / graph.macs({})
             yield from self._explore(index + 1, twin, seen, (*levels, Level(chosen, graph, tuple(found), seen)), left)
 
-    def _cut_levels(self, found: list[Option], graph: Channels, macs: float) -> list[tuple[Option, ...]]:
+    def _cut_levels(
+        self, found: list[Option], graph: Channels, macs: float, layers: Sequence[Layer]
+    ) -> list[tuple[Option, ...]]:
         """A few plans of a step that removes channels before others follow: what is asked, or some shares of the MACs."""
         whole = graph.macs({})
+        if self.job.target.speedup is not None and layers:
+            limit = _milliseconds(layers, np.ones(len(graph.groups))) / self.job.target.speedup
+            return [tuple(plan_channels(found, graph, latency_ms=limit, layers=layers))]
         if self.job.target.macs is not None or self.job.target.speedup is not None:
             asked = self.job.target.macs or self.job.total_macs / (self.job.target.speedup or 1.0)
             return [tuple(plan_channels(found, graph, macs=whole * min(1.0, asked / macs)))]
@@ -142,17 +208,26 @@ class Search:
                 continue
         return plans
 
-    def _plan(self, file_bytes: float | None, macs: float | None) -> tuple[Way, Plan]:
-        """The least damage within a budget, over all ways through the steps."""
+    def _plan(self, file_bytes: float | None, macs: float | None, pace: float | None = None) -> tuple[Way, Plan]:
+        """The least damage within a budget, over all ways through the steps.
+
+        Args:
+            pace: the share of the time of the layers, as predicted; where it is not known, of the MACs.
+        """
         found: list[tuple[Way, Plan]] = []
         failure: BudgetError | None = None
         for way in self.ways:
             limits: dict[str, float] = {}
+            if pace is not None and way.layers:
+                limits["pace"] = pace
+            lighter = macs
+            if pace is not None and not way.layers:
+                lighter = min(macs or math.inf, pace * self.job.total_macs)
             if file_bytes is not None:
                 limits["size_bits"] = 8 * file_bytes / self.trials.correction - way.fixed_bits
-            if macs is not None:
+            if lighter is not None:
                 dense = sum(option.cost.macs for option in way.options if option.technique is None)
-                limits["macs"] = macs if way.graph else macs - max(0.0, way.macs - dense)
+                limits["macs"] = lighter if way.graph else lighter - max(0.0, way.macs - dense)
             try:
                 found.append((way, _cut_plan(way, **limits) if way.graph else allocate(way.options, **limits)))
             except BudgetError as error:
@@ -178,12 +253,12 @@ class Search:
             return 0.98, 0.94
         return 0.9, 0.84  # training spreads the codes: files grow by up to a tenth
 
-    def _at_size(self, file_bytes: float | None, macs: float | None, trained: bool) -> Trial:
+    def _at_size(self, file_bytes: float | None, macs: float | None, trained: bool, pace: float | None = None) -> Trial:
         """A trial whose file is within the size: the estimate is corrected by what files of earlier trials weighed."""
         fitting: list[Trial] = []
         aim, before = file_bytes, None
         for _ in range(4):
-            chosen = self._plan(aim, macs)
+            chosen = self._plan(aim, macs, pace)
             if before is not None and chosen[0] is before[0] and chosen[1].options == before[1].options:
                 break
             before = chosen
@@ -196,7 +271,7 @@ class Search:
         for shrink in self._shrinks if trained else ():
             aim = file_bytes * shrink if file_bytes is not None else None
             try:
-                trial = self.trials.carry_out(*self._plan(aim, macs), trained=True)
+                trial = self.trials.carry_out(*self._plan(aim, macs, pace), trained=True)
             except BudgetError:
                 break
             if file_bytes is None or trial.file_bytes <= file_bytes:
@@ -260,39 +335,66 @@ class Search:
         return 1.02 * self.trials.correction * min(sizes) / 8
 
     def _search_latency(self) -> Found:
-        wanted = self.job.target.speedup or 1.0
-        macs = self.job.target.macs or self.job.total_macs / wanted
-        trial, speedup = None, 0.0
-        if self.job.after and self.job.target.file_bytes is None:  # integers are faster at the same number of MACs
+        """A trial as fast as asked: the time that is predicted is brought to what the whole network takes."""
+        target, say = self.job.target, self.job.say
+        wanted = target.speedup or 1.0
+        tried: list[tuple[float, float, Trial]] = []  # pace, speed-up, trial
+        if self.job.after and target.file_bytes is None:  # integers are faster at the same number of MACs
             plans = [(way, _least(way, "stored_bits")) for way in self.ways]
             chosen = min(plans, key=lambda pair: pair[0].fixed_bits + pair[1].cost.stored_bits)
             trial = self.trials.carry_out(*chosen, trained=False)
-            speedup = self.job.folder.memo(f"speedup-{trial.number}", partial(self._speedup, trial.model))
-            self.job.say(f"{speedup:.2f}x faster in {self.job.target.runtime} at all of the MACs")
-            if speedup >= wanted:
+            tried.append((1.0, self._speedup(trial), trial))
+            say(f"{tried[0][1]:.2f}x faster in {target.runtime} with everything that was planned before")
+            if tried[0][1] >= wanted:
                 return Found(trial, self._accepts(trial), "" if self._accepts(trial) else self._miss(trial))
-        for _ in range(4):
-            trial = self._at_size(self.job.target.file_bytes, macs, trained=False)
-            speedup = self.job.folder.memo(f"speedup-{trial.number}", partial(self._speedup, trial.model))
-            self.job.say(f"{speedup:.2f}x faster in {self.job.target.runtime} at {macs / self.job.total_macs:.0%} of the MACs")
-            if speedup >= wanted:
+        aim, failure = Aim(wanted, self._rise()), None
+        for _ in range(MAX_PACES):
+            if aim.is_over:
                 break
-            macs *= max(0.5, 0.95 * speedup / wanted)
-        if trial is None:
-            raise BudgetError("no plan was found")
+            try:
+                trial = self._at_size(target.file_bytes, target.macs, trained=False, pace=aim.pace)
+            except BudgetError as error:
+                failure = error
+                aim.cannot()
+                continue
+            speedup = self._speedup(trial)
+            say(f"{speedup:.2f}x faster in {target.runtime}, planned for {1 / aim.pace:.2f}x")
+            tried.append((aim.pace, speedup, trial))
+            aim.saw(speedup)
+        if not tried:
+            raise failure or BudgetError("no plan was found")
+        fast = [one for one in tried if one[1] >= wanted]
+        pace, speedup, trial = min(fast, key=lambda one: one[2].drop.value) if fast else max(tried, key=lambda one: one[1])
         if self.job.trains:
-            trial = self._at_size(self.job.target.file_bytes, macs, trained=True)
+            trial = self._at_size(target.file_bytes, target.macs, trained=True, pace=pace)
+            speedup = self._speedup(trial)
+            say(f"{speedup:.2f}x faster in {target.runtime} after training")
         met = speedup >= wanted and self._accepts(trial)
         reason = "" if met else (
-            f"the budget is not met: {speedup:.2f}x faster in {self.job.target.runtime} (asked {wanted:g}x), "
+            f"the budget is not met: {speedup:.2f}x faster in {target.runtime} (asked {wanted:g}x), "
             f"drop {trial.drop.value:.2f}; the best found is kept"
         )
         return Found(trial, met, reason)
 
-    def _speedup(self, model: nn.Module) -> float:
-        pair = {"original": self.job.original, "compressed": model}
-        times = compare({name: session(each, self.job.target.runtime, self.job.example) for name, each in pair.items()})
-        return times["original"].median / times["compressed"].median
+    def _speedup(self, trial: Trial) -> float:
+        """Of the whole network, one example at a time."""
+        pair = [self.job.original, trial.model]
+        before, after = self.job.folder.memo(f"milliseconds-{trial.number}", partial(self._timed, pair))
+        return before / after
+
+    def _rise(self) -> float:
+        """The sum of what the layers take alone over what the network takes, where they were timed."""
+        way = self.ways[0]
+        if way.graph is None or not way.layers:
+            return 1.0
+        (whole,) = self.job.folder.memo("original-ms", partial(self._timed, [self.job.original]))
+        return _milliseconds(way.layers, np.ones(len(way.graph.groups))) / whole
+
+    def _timed(self, models: list[nn.Module]) -> list[float]:
+        """Milliseconds of one example in the runtime that is asked for, in turns."""
+        threads = torch.get_num_threads()
+        calls = {k: session(model, self.job.target.runtime, self.job.one, threads) for k, model in enumerate(models)}
+        return [latency.median for latency in compare(calls, n_runs=2000).values()]
 
     def _miss(self, kept: Trial, asked: Trial | None = None) -> str:
         unit = kept.drop.unit
@@ -307,21 +409,29 @@ class Search:
         return text
 
 
-def _cut_plan(way: Way, size_bits: float | None = None, macs: float | None = None) -> Plan:
-    """The channels to remove within the budgets; where there are two, the one that takes more decides."""
+def _cut_plan(
+    way: Way, size_bits: float | None = None, macs: float | None = None, pace: float | None = None
+) -> Plan:
+    """The channels to remove within the budgets; where there are several, the one that takes most decides."""
     graph = way.graph
     if graph is None:
         raise ValueError("a way that removes no channels has no graph of them")
     start = time.perf_counter()
+    limits: dict[str, float] = {}
     plans = []
+    if pace is not None:
+        limits["latency_ms"] = pace * _milliseconds(way.layers, np.ones(len(graph.groups)))
+        plans.append(plan_channels(way.options, graph, latency_ms=limits["latency_ms"], layers=way.layers))
     if macs is not None:
+        limits["macs"] = macs
         plans.append(plan_channels(way.options, graph, macs=graph.macs({}) * min(1.0, macs / way.macs)))
     if size_bits is not None:
+        limits["stored_bits"] = size_bits
         plans.append(plan_channels(way.options, graph, bits=size_bits))
     costs = [(_cut_cost(way, plan), plan) for plan in plans or [[]]]
     cost, chosen = min(costs, key=lambda pair: (pair[0].stored_bits, pair[0].macs))
-    if (macs is not None and cost.macs > 1.0001 * macs) or (size_bits is not None and cost.stored_bits > 1.0001 * size_bits):
-        raise BudgetError("no plan for the channels meets both the size and the MACs; relax one of them")
+    if any(getattr(cost, name) > 1.0001 * limit for name, limit in limits.items()):
+        raise BudgetError("no plan for the channels meets all of the budgets at once; relax one of them")
     return Plan(tuple(chosen), cost, sum(option.damage for option in chosen), 0.0, time.perf_counter() - start)
 
 
@@ -330,7 +440,14 @@ def _cut_cost(way: Way, chosen: Sequence[Option]) -> Cost:
     if graph is None:
         raise ValueError("a way that removes no channels has no graph of them")
     gone = masks(chosen, graph)
-    return Cost(graph.bits(gone), way.macs * graph.macs(gone) / graph.macs({}))
+    keep = np.ones(len(graph.groups))
+    for number, mask in gone.items():
+        keep[number] = 1 - float(mask.mean())
+    return Cost(graph.bits(gone), way.macs * graph.macs(gone) / graph.macs({}), _milliseconds(way.layers, keep))
+
+
+def _milliseconds(layers: Sequence[Layer], keep: np.ndarray) -> float:
+    return sum(layer.at(keep) for layer in layers)
 
 
 def _least(way: Way, measure_name: str) -> Plan:

@@ -225,6 +225,11 @@ class Technique(Settings):
         """Of the whole network: the same but for these modules, which it is to leave as they are. Default: itself."""
         return self
 
+    def widths(self) -> Sequence[Technique]:
+        """Of channels, where latency is asked: itself, and the same with numbers of channels that runtimes may run faster.
+        Default: itself alone."""
+        return (self,)
+
     # -- it shapes training --------------------------------------------------------------------------------------------
 
     def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:

@@ -16,9 +16,9 @@ from pared import artifact, registry
 from pared.budget.allocate import Plan
 from pared.budget.biases import place_on_network
 from pared.budget.calibrate import gather
-from pared.budget.channels import Removal, partly
+from pared.budget.channels import Layer, Removal, partly
 from pared.budget.gates import absorb_, closed, gated
-from pared.budget.layer_latency import LatencyTable, slower
+from pared.budget.layer_latency import slower
 from pared.budget.observe import observe
 from pared.graph.channels import Channels
 from pared.job import Job
@@ -62,6 +62,7 @@ class Way:
         fixed_bits: of what no option covers.
         macs: of the model, per example; 0 where nothing asks for them.
         graph: of its channels, where the last step removes some.
+        layers: how long each takes as a function of what the groups keep, where latency is asked for.
     """
 
     levels: tuple[Level, ...]
@@ -71,6 +72,7 @@ class Way:
     fixed_bits: float
     macs: float = 0.0
     graph: Channels | None = None
+    layers: Sequence[Layer] = ()
 
     @property
     def damage(self) -> float:
@@ -204,7 +206,7 @@ class Trials:
         if target.speedup is None:
             return []
         used = list(dict.fromkeys(option.technique for option in options if option.technique is not None))
-        found = slower(self.job.base, self.job.example, [*used[:1], *self.job.after], LatencyTable(target.runtime))
+        found = slower(self.job.base, self.job.one, [*used[:1], *self.job.after], self.job.table)
         for path, (before, after) in found.items():
             self.job.say(f"{path} stays as it is: {after:.3f} ms instead of {before:.3f} ms in {target.runtime}")
         return list(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pared.budget.reconstruct import reconstruct_
 from pared.budget.responses import responses
 from pared.cut import Coordinates, CutStructure
 from pared.errors import BudgetError, InputError
-from pared.graph.channels import Channels, Load
+from pared.graph.channels import Axis, Channels
 from pared.graph.program import Program
 from pared.place import Refusal, bytes_of, everywhere, place
 from pared.site import Site, duplicate
@@ -45,6 +45,7 @@ def channel_options(
     pairs = [(technique, site) for technique in techniques for site in technique.sites(model, graph)]
     statistics = with_responses(statistics, techniques, graph, task)
     data: tuple[list[Any], list[Any]] | None = None
+    known_cuts: set[tuple[str, bytes]] = set()
     for done, (technique, site) in enumerate(pairs, 1):
         if reason := technique.refuse(site):
             if (site.path, technique.name) not in known:
@@ -52,6 +53,11 @@ def channel_options(
             continue
         with torch.no_grad():
             structure, parts = technique.solve(site, statistics)
+            if site.group is not None and isinstance(structure, CutStructure):
+                cut = site.path, site.group.gone(structure).tobytes()
+                if cut in known_cuts:  # such as 0.5 and 0.52 of sixteen channels
+                    continue
+                known_cuts.add(cut)
             damage = technique.damage(site, parts, statistics)
         if damage is None and task is not None:
             if data is None:
@@ -175,6 +181,15 @@ def masks(options: Sequence[Option], graph: Channels) -> dict[int, np.ndarray]:
     return found
 
 
+class Layer(Protocol):
+    """What something costs as a function of what the groups keep, such as `pared.graph.channels.Load`."""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]: ...
+
+    def at(self, keep: np.ndarray, /) -> float: ...
+
+
 @dataclass
 class _Choice:
     """The levels of one group: the share that stays, the damage, and the option."""
@@ -187,34 +202,48 @@ class _Choice:
 
 
 def plan_channels(
-    options: Sequence[Option], graph: Channels, *, macs: float | None = None, bits: float | None = None
+    options: Sequence[Option],
+    graph: Channels,
+    *,
+    macs: float | None = None,
+    bits: float | None = None,
+    latency_ms: float | None = None,
+    layers: Sequence[Layer] = (),
 ) -> list[Option]:
-    """The options, one or none for every group, with the least damage whose network needs so many MACs or bits.
+    """The options, one or none for every group, with the least damage whose network needs so many MACs, bits or milliseconds.
 
     What a layer costs is a product of what stays on both its sides, so costs do not add up over groups: for a price per
     unit of cost each group in turn takes its best level given the others, until none changes; the price is bisected, and
     what is left of the budget is given back to the groups that gain most.
 
+    Args:
+        layers: for latency_ms, the time of each.
+
     Raises:
         BudgetError: even with every group at its least the network is above the budget.
     """
-    loads, limit = (graph.loads(), macs) if macs is not None else (graph.weights(), bits)
-    if limit is None:
-        raise ValueError("plan_channels needs a budget of macs or of bits")
+    budgets: list[tuple[str, Sequence[Layer], float | None]] = [
+        ("MACs", graph.loads() if macs is not None else (), macs),
+        ("bits", graph.weights() if bits is not None else (), bits),
+        ("ms", layers, latency_ms),
+    ]
+    (unit, loads, limit), *others = [each for each in budgets if each[2] is not None] or [("", (), None)]
+    if limit is None or others:
+        raise ValueError("plan_channels needs a budget of macs, of bits or of latency_ms, and one only")
     choices = _choices(options, graph, loads)
     keep = np.ones(len(graph.groups))
     levels = [0] * len(choices)
-    total = sum(load.macs(keep) for load in loads)
+    total = sum(load.at(keep) for load in loads)
     if total <= limit:
         return []
-    least = [len(choice.keep) - 1 for choice in choices]
-    if _total(loads, choices, least, keep) > limit:
-        raise BudgetError(
-            f"with every group at its least, {_total(loads, choices, least, keep):.4g} of {total:.4g} "
-            f"{'MACs' if macs is not None else 'bits'} stay, but the budget is {limit:.4g}; add smaller values of keep"
-        )
     largest = sum(max(choice.damage) for choice in choices) + 1e-9
     low, high = math.log(1e-9 * largest / total), math.log(1e9 * largest / total)
+    least = _best_levels(choices, loads, keep, math.exp(high), [len(choice.keep) - 1 for choice in choices])
+    if (needed := _total(loads, choices, least, keep)) > limit:
+        raise BudgetError(
+            f"with every group at its least, {needed:.4g} of {total:.4g} {unit} stay, but the budget is {limit:.4g}; "
+            "add smaller values of keep"
+        )
     best = least
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -227,7 +256,7 @@ def plan_channels(
     return [option for choice, level in zip(choices, best) if (option := choice.option[level]) is not None]
 
 
-def _choices(options: Sequence[Option], graph: Channels, loads: Sequence[Load]) -> list[_Choice]:
+def _choices(options: Sequence[Option], graph: Channels, loads: Sequence[Layer]) -> list[_Choice]:
     numbers = {id(group): number for number, group in enumerate(graph.groups)}
     by_group: dict[int, list[Option]] = {}
     for option in options:
@@ -248,14 +277,14 @@ def _choices(options: Sequence[Option], graph: Channels, loads: Sequence[Load]) 
     return found
 
 
-def _total(loads: Sequence[Load], choices: Sequence[_Choice], levels: Sequence[int], keep: np.ndarray) -> float:
+def _total(loads: Sequence[Layer], choices: Sequence[_Choice], levels: Sequence[int], keep: np.ndarray) -> float:
     for choice, level in zip(choices, levels):
         keep[choice.number] = choice.keep[level]
-    return sum(load.macs(keep) for load in loads)
+    return sum(load.at(keep) for load in loads)
 
 
 def _best_levels(
-    choices: Sequence[_Choice], loads: Sequence[Load], keep: np.ndarray, price: float, levels: list[int]
+    choices: Sequence[_Choice], loads: Sequence[Layer], keep: np.ndarray, price: float, levels: list[int]
 ) -> list[int]:
     for choice, level in zip(choices, levels):
         keep[choice.number] = choice.keep[level]
@@ -265,7 +294,7 @@ def _best_levels(
             values = []
             for share, damage in zip(choice.keep, choice.damage):
                 keep[choice.number] = share
-                values.append(damage + price * sum(loads[place_].macs(keep) for place_ in choice.loads))
+                values.append(damage + price * sum(loads[place_].at(keep) for place_ in choice.loads))
             chosen = int(np.argmin(values))
             changed |= chosen != levels[k]
             levels[k] = chosen
@@ -276,7 +305,7 @@ def _best_levels(
 
 
 def _given_back(
-    choices: Sequence[_Choice], loads: Sequence[Load], levels: list[int], keep: np.ndarray, limit: float
+    choices: Sequence[_Choice], loads: Sequence[Layer], levels: list[int], keep: np.ndarray, limit: float
 ) -> list[int]:
     total = _total(loads, choices, levels, keep)
     while True:
@@ -285,19 +314,19 @@ def _given_back(
             level = levels[k]
             if level == 0:
                 continue
-            before = sum(loads[place_].macs(keep) for place_ in choice.loads)
-            keep[choice.number] = choice.keep[level - 1]
-            more = sum(loads[place_].macs(keep) for place_ in choice.loads) - before
+            before = sum(loads[place_].at(keep) for place_ in choice.loads)
+            for other in range(level):  # more channels need not take longer
+                keep[choice.number] = choice.keep[other]
+                more = sum(loads[place_].at(keep) for place_ in choice.loads) - before
+                saved = choice.damage[level] - choice.damage[other]
+                if total + more <= limit and saved >= 0:
+                    gains.append((saved / max(more, 1e-9 * limit), more, k, other))
             keep[choice.number] = choice.keep[level]
-            saved = choice.damage[level] - choice.damage[level - 1]
-            if total + more <= limit and saved >= 0:
-                gains.append((saved / max(more, 1e-9), more, k))
         if not gains:
             return levels
-        _, more, k = max(gains)
-        levels[k] -= 1
+        _, more, k, levels[k] = max(gains)
         keep[choices[k].number] = choices[k].keep[levels[k]]
         total += more
 
 
-__all__ = ["Removal", "channel_options", "cut_by_hand_", "masks", "partly", "plan_channels", "refused"]
+__all__ = ["Layer", "Removal", "channel_options", "cut_by_hand_", "masks", "partly", "plan_channels", "refused"]

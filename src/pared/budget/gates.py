@@ -138,7 +138,7 @@ class Gates(nn.Module):
         return self._cost(shares)
 
     def _cost(self, shares: Sequence[Any], limit: int = 0) -> Any:
-        return sum(load.macs(shares) for load in self.limits[limit][0])
+        return sum(load.at(shares) for load in self.limits[limit][0])
 
     # -- the end of the way ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""How long single layers take in a runtime on this machine, before and after techniques: measured once, then kept."""
+"""How long single layers take in a runtime on this machine: measured once, then kept. Which get slower by techniques."""
 
 from __future__ import annotations
 
@@ -29,30 +29,38 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LatencyTable:
-    """Milliseconds of one layer before and after, by a description of the layer, the runtime and the machine.
+    """Milliseconds of single layers, by a description of the layer and what is done to it, the runtime and the machine.
 
     Args:
-        runtime: in which it is measured.
+        runtime: in which they are measured.
         path: the JSON file in which the figures are kept; default: in the user's cache folder.
+        threads: of the runtime; default: its own choice.
     """
 
-    def __init__(self, runtime: str, path: Path | None = None) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: str, path: Path | None = None, threads: int | None = None) -> None:
+        self.runtime, self.threads = runtime, threads
         self.path = path or cache_folder() / "layer-latency.json"
 
-    def get(self, key: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    def knows(self, key: str) -> bool:
+        """Whether there are figures under a key."""
+        return self._full(key) in self._read()
+
+    def get(self, key: str, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
         """The figures under a key, measured now if they were not before on this machine."""
-        full = f"{self.runtime} | {machine()} | {key}"
+        full = self._full(key)
         known = self._read()
         if full not in known:
-            before, after = measure()
-            known = {**self._read(), full: [before, after]}
+            figures = list(measure())
+            known = {**self._read(), full: figures}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             draft = self.path.with_suffix(f".{os.getpid()}")
             draft.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(draft, self.path)
-        before, after = known[full]
-        return before, after
+        return tuple(known[full])
+
+    def _full(self, key: str) -> str:
+        threads = "" if self.threads is None else f", {self.threads} threads"
+        return f"{self.runtime} | {machine()}{threads} | {key}"
 
     def _read(self) -> dict[str, list[float]]:
         try:
@@ -68,7 +76,8 @@ def cache_folder() -> Path:
 
 
 def machine() -> str:
-    return f"{platform.machine()} {platform.processor()} x{os.cpu_count()}, torch {torch.__version__}"
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {platform.processor()} {kernels} x{os.cpu_count()}, torch {torch.__version__}"
 
 
 def slower(model: nn.Module, example: Call, techniques: Sequence[Technique], table: LatencyTable) -> dict[str, tuple[float, float]]:
@@ -111,7 +120,8 @@ def _time(layer: nn.Module, x: Tensor, techniques: Sequence[Technique], table: L
     task = Task([(x, x)], [(x, x)], loss=lambda outputs, _: _mean(outputs).sum(), metric=lambda outputs, _: _mean(outputs))
     try:
         changed = apply(alone, task, list(techniques))
-        calls = {name: session(each, table.runtime, ((x,), {})) for name, each in (("before", alone), ("after", changed))}
+        pair = {"before": alone, "after": changed}
+        calls = {name: session(each, table.runtime, ((x,), {}), table.threads) for name, each in pair.items()}
     except ParedError:  # what cannot be changed or exported alone is not known to be slower
         return 0.0, 0.0
     times = compare(calls, n_runs=200, seconds=SECONDS)

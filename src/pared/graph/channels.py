@@ -40,18 +40,21 @@ class Frozen:
     paths: tuple[str, ...]
 
 
+Axis = tuple[tuple[int, tuple[int, ...]], ...]
+
+
 @dataclass(frozen=True)
 class Load:
-    """Multiply-adds per example: `constant` times the size of each axis.
+    """What a product costs in multiply-adds per example, or a tensor in bits: `constant` times the size of each axis.
 
     An axis is a list of (positions, groups): so many positions, each of which stays while none of its channels, one in
     each of the groups, goes.
     """
 
     constant: float
-    axes: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+    axes: tuple[Axis, ...]
 
-    def macs(self, keep: Sequence[float] | np.ndarray) -> float:
+    def at(self, keep: Sequence[float] | np.ndarray) -> float:
         """With the kept share of every group."""
         total = self.constant
         for axis in self.axes:
@@ -151,7 +154,7 @@ class Channels:
         self._add_mends()
         self._add_scales()
 
-    def _terms(self, axis: Factors) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    def _terms(self, axis: Factors) -> Axis:
         """An axis as counts of positions by the groups that they belong to."""
         arrays = self.axes.ids.factors(*axis)
         groups = np.stack([self._number[a] for a in arrays], 1)
@@ -163,11 +166,14 @@ class Channels:
         tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
         found = []
         for path, tensor in tensors.items():
-            axes = [self._terms((ids,)) for ids in self.axes.origins.get(path, ()) if len(ids) > 1]
-            moving = [axis for axis in axes if any(groups for _, groups in axis)]
+            moving = [axis for axis in self.axes_of(path) if any(groups for _, groups in axis)]
             fixed = tensor.numel() * tensor.element_size() * 8 / math.prod(sum(n for n, _ in axis) for axis in moving)
             found.append(Load(fixed, tuple(moving)))
         return found
+
+    def axes_of(self, path: str) -> list[Axis]:
+        """Every axis of a tensor of the model, as in `Load`; none for a tensor that the program does not read."""
+        return [self._terms((ids,)) for ids in self.axes.origins.get(path, ())]
 
     def macs(self, masks: Mapping[int, np.ndarray]) -> float:
         """Multiply-adds per example without the channels of the masks."""
@@ -181,7 +187,7 @@ class Channels:
         keep = [1.0] * len(self.groups)
         for number, gone in masks.items():
             keep[number] = 1 - float(gone.mean())
-        return sum(load.macs(keep) for load in loads)
+        return sum(load.at(keep) for load in loads)
 
     def places(self, value: int) -> list[tuple[int, int, np.ndarray]]:
         """Where groups lie in a value of the program: axis, number of the group, channel at every position (or -1)."""

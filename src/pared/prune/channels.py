@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -21,6 +21,9 @@ Importance = Literal["curvature", "taylor", "fisher", "apoz", "l1", "l2", "group
 
 LAYERS = r"^([\w.*?\[\]!-]+(,[\w.*?\[\]!-]+)*)?$"
 """Patterns of layers' names, with commas between."""
+
+_BLOCKS = (8, 16)
+"""Channels that kernels work on together: what is left of a block takes as long as the whole."""
 
 _OF_RESPONSES = ("taylor", "fisher", "apoz")
 
@@ -80,6 +83,11 @@ class Channels(Technique):
 
     def wants(self, statistic: type) -> bool:
         return super().wants(statistic) and (statistic is not Responses or self.importance in _OF_RESPONSES)
+
+    def widths(self) -> Sequence[Channels]:
+        if "round_to" in self.model_fields_set or self.learns:
+            return (self,)
+        return (self, *(self.model_copy(update={"round_to": multiple}) for multiple in _BLOCKS))
 
     def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:
         found = list(super().sites(model, graph))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from pared.runtimes.onnx import Exported
 
-__all__ = ["RUNTIMES", "export", "run", "session"]
+__all__ = ["RUNTIMES", "export", "layer_session", "run", "session"]
 
 RUNTIMES = {"torch": "eager", "compile": "compiled", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 """Runtimes by name, and the file of this folder that knows each."""
@@ -100,6 +101,24 @@ def session(
         MissingExtra: a runtime that is not installed.
     """
     return _runtime(runtime).session(model, *example, threads, call)
+
+
+def layer_session(layer: nn.Module, x: Tensor, runtime: str, threads: int | None = None) -> Callable[[], Any]:
+    """The same for one convolution or linear layer, made in milliseconds where the runtime reads ONNX files.
+
+    Raises:
+        ExportError: another layer, or one that the runtime cannot express.
+        MissingExtra: a runtime that is not installed.
+    """
+    from pared.runtimes.layer import write
+
+    module = _runtime(runtime)
+    if not hasattr(module, "opened"):
+        return session(layer, runtime, ((x,), {}), threads)
+    with tempfile.TemporaryDirectory(prefix="pared-") as folder:
+        path = Path(folder) / "layer.onnx"
+        write(layer, x, path)
+        return module.opened(path, (x,), {}, threads)
 
 
 def _runtime(name: str) -> ModuleType:

@@ -32,9 +32,14 @@ def session(
     with tempfile.TemporaryDirectory(prefix="pared-") as folder:
         path = Path(folder) / "model.onnx"
         onnx.export(model, path, args, kwargs)
-        opened = _open(path, threads)
-    feeds = _feeds(opened, args, kwargs)
-    return lambda: opened.run(None, feeds)
+        return opened(path, args, kwargs, threads)
+
+
+def opened(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], threads: int | None = None) -> Callable[[], Any]:
+    """A file as a function that runs it once on these inputs."""
+    network = _open(path, threads)
+    feeds = _feeds(network, args, kwargs)
+    return lambda: network.run(None, feeds)
 
 
 def run(path: Path, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -43,23 +48,23 @@ def run(path: Path, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
     if not path.is_file():
         raise InputError(f"{path} must be an ONNX file; there is no such file")
-    opened = _open(path)
-    wanted = opened.get_inputs()
+    network = _open(path)
+    wanted = network.get_inputs()
     if len(arrays) != len(wanted):
         names = ", ".join(f"{item.name} {item.shape}" for item in wanted)
         raise InputError(f"{path.name} takes {len(wanted)} inputs ({names}), got {len(arrays)}")
     feeds = {item.name: np.asarray(array) for item, array in zip(wanted, arrays, strict=True)}
     try:
-        return opened.run(None, feeds)
+        return network.run(None, feeds)
     except Exception as error:
         raise InputError(f"{path.name} does not run on these inputs: {first_line(error)}") from error
 
 
 def outputs_of(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[np.ndarray]:
     """The outputs of a file for the arguments of the model that it was exported from."""
-    opened = _open(path)
+    network = _open(path)
     try:
-        return opened.run(None, _feeds(opened, args, kwargs))
+        return network.run(None, _feeds(network, args, kwargs))
     except Exception as error:
         raise ExportError(f"the exported model does not run: {first_line(error)}") from error
 
@@ -79,9 +84,9 @@ def _open(path: Path, threads: int | None = None) -> Any:
         raise ExportError(f"onnxruntime cannot open {path.name}: {first_line(error)}") from error
 
 
-def _feeds(opened: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
+def _feeds(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
     """Tensors by the names of the file's inputs: keyword arguments by name, all others in order."""
-    wanted = [item.name for item in opened.get_inputs()]
+    wanted = [item.name for item in network.get_inputs()]
     named = {name: _array(value) for name, value in kwargs.items() if isinstance(value, Tensor) and name in wanted}
     rest = [kwargs[name] for name in kwargs if name not in named]
     leaves = [_array(leaf) for leaf in pytree.tree_leaves((args, rest)) if isinstance(leaf, Tensor)]

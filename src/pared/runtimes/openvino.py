@@ -38,7 +38,12 @@ def session(
     with tempfile.TemporaryDirectory(prefix="pared-") as folder:
         path = Path(folder) / "model.onnx"
         onnx.export(model, path, args, kwargs)
-        compiled = _compiled(path, threads)
+        return opened(path, args, kwargs, threads)
+
+
+def opened(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], threads: int | None = None) -> Callable[[], Any]:
+    """An ONNX file, converted and compiled, as a function that runs it once on these inputs."""
+    compiled = _compiled(path, threads)
     arrays = {name: leaf for name, leaf in kwargs.items() if isinstance(leaf, Tensor)}
     positional = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
     request = compiled.create_infer_request()
