@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import pared
 from pared import prune
 from pared.budget.channels import Removal, masks
-from pared.graph.channels import Channels, difference
+from pared.graph.channels import Channels
+from pared.graph.cutting import difference
 from pared.place import everywhere
 from pared.record import Record, attach_
 from pared.site import duplicate

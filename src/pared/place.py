@@ -88,7 +88,7 @@ def apply(
             statistics = observe(twin, task, [item, *following], carried)
         if item.kind == "channels":
             from pared.budget.channels import cut_by_hand_
-            from pared.graph.channels import as_program
+            from pared.graph.cutting import as_program
 
             call = task.example(twin) if task is not None else carried
             found, program = cut_by_hand_(twin, item, statistics, call, task)

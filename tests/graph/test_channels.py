@@ -10,7 +10,8 @@ from torch import nn
 
 import pared
 from pared import prune
-from pared.graph.channels import Channels, difference
+from pared.graph.channels import Channels
+from pared.graph.cutting import difference
 from pared.place import everywhere
 from pared.record import Record, attach_
 from pared.statistics import Statistics

@@ -17,7 +17,8 @@ from pared.budget.channels import Layer
 from pared.budget.layer_latency import Call, LatencyTable, seen
 from pared.cut import CutStructure
 from pared.errors import ParedError
-from pared.graph.channels import Axis, Channels, Load
+from pared.graph.channels import Channels
+from pared.graph.load import Axis, Load
 from pared.measurement.latency import compare
 from pared.runtimes import layer_session
 from pared.technique import Option

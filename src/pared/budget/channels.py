@@ -17,7 +17,8 @@ from pared.budget.reconstruct import reconstruct_
 from pared.budget.responses import responses
 from pared.cut import Coordinates, CutStructure
 from pared.errors import BudgetError, InputError
-from pared.graph.channels import Axis, Channels
+from pared.graph.channels import Channels
+from pared.graph.load import Axis
 from pared.graph.program import Program
 from pared.place import Refusal, bytes_of, everywhere, place
 from pared.site import Site, duplicate
@@ -182,7 +183,7 @@ def masks(options: Sequence[Option], graph: Channels) -> dict[int, np.ndarray]:
 
 
 class Layer(Protocol):
-    """What something costs as a function of what the groups keep, such as `pared.graph.channels.Load`."""
+    """What something costs as a function of what the groups keep, such as `pared.graph.load.Load`."""
 
     @property
     def axes(self) -> tuple[Axis, ...]: ...

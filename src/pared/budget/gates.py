@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pared.budget.channels import masks
 from pared.cut import Coordinates, CutStructure, Slice
-from pared.graph.channels import Channels, Load
+from pared.graph.channels import Channels
+from pared.graph.load import Load
 from pared.site import duplicate, install_, plain, tensor_sites
 from pared.statistics import Statistics
 from pared.technique import Cost, Option, Technique

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -13,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pared.cut import Coordinates, Cut, Group, Mend, Slice, cut_, owners_of, sizes_of
+from pared.cut import Coordinates, Cut, Group, Slice, cut_, owners_of
 from pared.errors import ParedError
 from pared.graph.axes import Axes
-from pared.graph.call import PLACES, Size
+from pared.graph.call import PLACES
+from pared.graph.cutting import ATTENTION, as_program, cut_program, difference, held, left
 from pared.graph.ids import Factors
+from pared.graph.load import Axis, Load
 from pared.graph.module import ProgramModule
 from pared.graph.operators import Ref, find
 from pared.graph.program import Node, Program
-from pared.graph.provenance import Attribute, Combined, Extent, Origin, Provenance
+from pared.graph.provenance import Provenance
+from pared.graph.sizes import Sizes
 from pared.graph.trace import trace
 from pared.site import duplicate
 
@@ -38,34 +40,6 @@ class Frozen:
     n: int
     reason: str
     paths: tuple[str, ...]
-
-
-Axis = tuple[tuple[int, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a product costs in multiply-adds per example, or a tensor in bits: `constant` times the size of each axis.
-
-    An axis is a list of (positions, groups): so many positions, each of which stays while none of its channels, one in
-    each of the groups, goes.
-    """
-
-    constant: float
-    axes: tuple[Axis, ...]
-
-    def at(self, keep: Sequence[float] | np.ndarray) -> float:
-        """With the kept share of every group."""
-        total = self.constant
-        for axis in self.axes:
-            stays = 0.0
-            for n, groups in axis:
-                share = float(n)
-                for group in groups:
-                    share *= keep[group]
-                stays += share
-            total *= stays
-        return total
 
 
 @final
@@ -87,13 +61,12 @@ class Channels:
     ) -> None:
         self.model, self.args, self.kwargs, self.rewrite = model, args, dict(kwargs or {}), rewrite
         self.program = trace(model, args, self.kwargs)
-        self.axes = Axes(self.program, _held(model, self.program), args, self.kwargs)
+        self.axes = Axes(self.program, held(model, self.program), args, self.kwargs)
         self.trials = 0
         self._tied: set[str] = set()
-        self._kept: dict[Attribute, list[Factors]] = {}
-        self._read: set[Attribute] = set()
+        self._sizes = Sizes(model, self.axes)
         if not rewrite:
-            self._relate_sizes(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
+            self._sizes.relate(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
         self._find()
         self._settle()
 
@@ -151,7 +124,8 @@ class Channels:
             label = name if names[name] == 1 else f"{name}#{names[name]}"
             whole = sum(outermost for *_, outermost in places) > 0  # some code puts heads inside for once
             self.groups.append(Group(label, len(channels), slices, (), whole))
-        self._add_mends()
+        for number, mends in self._sizes.mends(self._terms, self.groups).items():
+            self.groups[number] = replace(self.groups[number], mends=mends)
         self._add_scales()
 
     def _terms(self, axis: Factors) -> Axis:
@@ -224,171 +198,12 @@ class Channels:
             found.append(Load(work.constant, tuple(axes)))
         return found
 
-    # -- sizes in the code ------------------------------------------------------------------------------------------------
-
-    def _relate_sizes(self, provenance: Provenance) -> None:
-        """Numbers that the code takes from attributes and shapes: axes whose sizes come from one number are cut alike."""
-        told: dict[int, list[tuple[int, Origin]]] = {}
-        for node, numbers in provenance.numbers():
-            told.setdefault(node, numbers)
-            self._read |= {found for _, origin in numbers for found in _attributes(origin)}
-        relations: list[tuple[Factors, int, Combined | Extent]] = []
-        for size in self.axes.sizes:
-            origin = _origin_of(size, told.get(size.node, []))
-            if isinstance(origin, Attribute):
-                self._keeps(origin, size.axis)
-            elif isinstance(origin, Combined | Extent):
-                relations.append((size.axis, size.size, origin))
-            elif isinstance(origin, int) and not size.computed and not self._guesses(size):
-                for array in size.axis:
-                    self.axes.ids.freeze(array, f"its size is the number {size.size} in the code near {size.near}")
-        for axis, n, origin in relations:
-            if isinstance(origin, Combined):
-                self._relate(self.axes.ids.factors(*axis), n, origin)
-        for axis, _, origin in relations:
-            if isinstance(origin, Extent):
-                whole = self._axis(origin) or ()
-                if not self._as_long(axis, whole):
-                    self.axes.ids.same(axis, whole, "the code takes its size from that of what stays")
-        for attribute, origin in provenance.equal():
-            if equal := self._axis(origin):
-                self._keeps(attribute, equal)
-
-    def _guesses(self, size: Size) -> bool:
-        """Whether an attribute that no call was seen to be given could be this size."""
-        modules = dict(self.model.named_modules())
-        return any(
-            value == size.size and Attribute(path, name, place) not in self._read
-            for path in _around(size.near)
-            if path in modules
-            for name, place, value in _numbers(modules[path], set())
-        )
-
-    def _keeps(self, attribute: Attribute, axis: Factors) -> None:
-        """The attribute is the size of the axis; axes whose sizes are one attribute are one."""
-        held = self._kept.setdefault(attribute, [])
-        if held and not self._as_long(held[0], axis):
-            self.axes.ids.same(held[0], axis, f"its size is also that of something else, {attribute.name} of {attribute.module}")
-        held.append(axis)
-
-    def _as_long(self, a: Factors, b: Factors) -> bool:
-        """Whether as many positions of both stay, whatever goes: they belong to the same channels, in some order."""
-        found = []
-        for axis in (a, b):
-            arrays = self.axes.ids.factors(*axis)
-            rows = np.sort(np.stack(arrays, 1), 1) if arrays else np.zeros((0, 0), np.int64)
-            found.append(rows[np.lexsort(rows.T)] if len(rows) else rows)
-        return np.array_equal(found[0], found[1])
-
-    def _axis(self, origin: Origin) -> Factors | None:
-        """The axis whose size a number is; (): one that stays; None: not known."""
-        ids = self.axes.ids
-        if isinstance(origin, int):
-            return ()
-        if isinstance(origin, Extent):
-            label = self.axes.labels[origin.value]
-            label = label[origin.item] if label and origin.item is not None else label
-            return ids.factors(*label[origin.axis]) if label else ()
-        if isinstance(origin, Attribute):
-            return ids.factors(*self._kept[origin][0]) if origin in self._kept else None
-        left, right = self._axis(origin.left), self._axis(origin.right)
-        if left is None or right is None:
-            return None
-        a, b = origin.sizes
-        if origin.op == "mul":
-            return ids.join(left, a, right, b)
-        if not left or right:
-            return None
-        outer, inner = ids.split(left, b, a // b, _DIVIDED)
-        for array in outer:
-            ids.freeze(array, _DIVIDED)
-        return ids.factors(*inner)
-
-    def _relate(self, axis: Factors, n: int, origin: Combined) -> None:
-        """The axis, of n positions, is as long as two other sizes multiplied or divided."""
-        ids, (a, b) = self.axes.ids, origin.sizes
-        left, right = self._axis(origin.left), self._axis(origin.right)
-        if origin.op == "mul":
-            if (left is None or right is None) and a * b == n:
-                outer, inner = ids.split(axis, a, b, _DIVIDED)
-                for part, known, source in ((outer, left, origin.left), (inner, right, origin.right)):
-                    if known is None and isinstance(source, Attribute):
-                        self._keeps(source, part)
-            return
-        if a != b * n:
-            return
-        if left and not right:  # by a fixed number, or by one of which nothing is known yet
-            swapped = _rows_and_columns(left, n, b)
-            if swapped is not None and self._as_long(swapped[0], axis):
-                outer, inner = swapped[1], swapped[0]
-            else:
-                outer, inner = ids.split(left, b, n, _DIVIDED)
-            ids.same(inner, axis, _DIVIDED)
-            if right is None and isinstance(origin.right, Attribute):
-                self._keeps(origin.right, outer)
-                return
-            for array in outer:
-                ids.freeze(array, _DIVIDED)
-            return
-        whole = ids.join(right or (), b, axis, n)
-        if left is None:
-            if isinstance(origin.left, Attribute):
-                self._keeps(origin.left, whole)
-        elif not self._as_long(left, whole):
-            ids.same(left, whole, _DIVIDED)
-
-    def _add_mends(self) -> None:
-        """Attributes that are the size of an axis: those seen to be, and others by name and value next to where it is read."""
-        mends: dict[int, list[Mend]] = {}
-        for attribute, axes in self._kept.items():
-            if self.axes.ids.factors(*axes[0]):
-                self._mend(attribute, self._terms(axes[0]), mends)
-        modules = dict(self.model.named_modules())
-        facts: dict[str, dict[int, list[Factors]]] = {}
-        for size in self.axes.sizes:
-            if size.computed:
-                continue
-            for owner in _around(size.near):
-                facts.setdefault(owner, {}).setdefault(size.size, []).append(size.axis)
-        for path, origin in self.axes.origins.items():
-            for ids in origin:
-                if len(ids) > 1:
-                    for owner in _around(path.rpartition(".")[0]):
-                        facts.setdefault(owner, {}).setdefault(len(ids), []).append((ids,))
-        for path, by_size in facts.items():
-            module = modules.get(path)
-            if module is None:
-                continue
-            follows = {name for name, _ in sizes_of(module)}
-            for name, place, value in _numbers(module, follows):
-                attribute = Attribute(path, name, place)
-                if attribute in self._read or attribute in self._kept:
-                    continue
-                found = {self._terms(axis): axis for axis in by_size.get(value, ())}
-                found = {terms: axis for terms, axis in found.items() if any(groups for _, groups in terms)}
-                if len(found) > 1:  # what is read in the module itself comes before what is read around it
-                    read = [ids for p, o in self.axes.origins.items() if p.startswith(f"{path}.") for ids in o]
-                    own = {self._terms((ids,)) for ids in read if len(ids) == value}
-                    found = {terms: axis for terms, axis in found.items() if terms in own} or found
-                if found:
-                    self._mend(attribute, next(iter(found)), mends)
-        for number, several in mends.items():
-            self.groups[number] = replace(self.groups[number], mends=tuple(dict.fromkeys(several)))
-
-    def _mend(
-        self, attribute: Attribute, terms: tuple[tuple[int, tuple[int, ...]], ...], mends: dict[int, list[Mend]]
-    ) -> None:
-        for n, groups in terms:
-            for group in groups:
-                per = None if len(terms) == 1 else n // self.groups[group].n
-                mends.setdefault(group, []).append(Mend(attribute.module, attribute.name, attribute.place, per))
-
     # -- attention without an explicit scale -------------------------------------------------------------------------------
 
     def _add_scales(self) -> None:
         """Attention that divides by the root of its own width: queries grow smaller as that width does."""
         for _k, node in enumerate(self.program.nodes):
-            if node.op != _ATTENTION or node.arguments().get("scale") is not None:
+            if node.op != ATTENTION or node.arguments().get("scale") is not None:
                 continue
             query = node.arguments()["query"]
             axis = self.axes.labels[query.index][-1]
@@ -479,7 +294,7 @@ class Channels:
         try:
             with torch.no_grad():
                 program = cut_program(self.program, self.axes, self.going(masks))
-                expected = program.module(_held(plain, program))(*self.args, **self.kwargs)
+                expected = program.module(held(plain, program))(*self.args, **self.kwargs)
         except ParedError as error:
             return None, _first_line(error)
         if self.rewrite:
@@ -609,84 +424,6 @@ _ARRANGING = frozenset(
 """What makes a value from weight and bias, and what leaves multiples of a value multiples."""
 
 
-def left(axes: Axes, axis: Factors, size: int, going: np.ndarray) -> np.ndarray:
-    """Which positions of an axis stay."""
-    stays = np.ones(size, bool)
-    for array in axes.ids.factors(*axis):
-        stays &= ~((array >= 0) & going[array])
-    return stays
-
-
-def cut_program(program: Program, axes: Axes, going: np.ndarray, *, rescaled: bool = False) -> Program:
-    """The program with every number that is the size of an axis made to fit what stays of the axis; node for node the same.
-
-    Args:
-        rescaled: queries are scaled for the new size of the heads already (`Group.rescaled`).
-    """
-    changes: dict[int, list[Size]] = {}
-    for size in axes.sizes:
-        if not left(axes, size.axis, size.size, going).all():
-            changes.setdefault(size.node, []).append(size)
-    nodes = []
-    for k, node in enumerate(program.nodes):
-        implied = not rescaled and node.op == _ATTENTION and node.arguments().get("scale") is None
-        operator = find(node.op)
-        if operator is None or not (k in changes or implied):
-            nodes.append(node)
-            continue
-        bound = dict(operator.bind(node.args, node.kwargs))
-        for size in changes.get(k, ()):
-            new = -1 if size.computed else int(left(axes, size.axis, size.size, going).sum())
-            if size.place is None:
-                bound[size.argument] = new
-                continue
-            whole = list(bound[size.argument])
-            if size.computed and -1 in whole:  # the batch is in the other number, so this one is known
-                place = whole.index(-1)
-                number = program.first_node + k
-                whole[place] = int(left(axes, axes.labels[number][place], axes.shapes[number][place], going).sum())
-            whole[size.place] = new
-            bound[size.argument] = whole
-        if implied:
-            bound["scale"] = axes.shapes[bound["query"].index][-1] ** -0.5
-        names = [a.name for a in operator.arguments if not a.keyword_only]
-        args, kwargs = operator.trim(
-            [bound[name] for name in names], {a.name: bound[a.name] for a in operator.arguments if a.keyword_only}
-        )
-        nodes.append(Node(node.op, args, kwargs))
-    return Program(
-        program.parameters, program.inputs, program.symbols, program.states, tuple(nodes), program.outputs,
-        program.constants, program.static_reason,
-    )  # fmt: skip
-
-
-def as_program(model: nn.Module, program: Program) -> ProgramModule:
-    """The program in place of the model's code, with the model's tensors; it can be trained."""
-    return ProgramModule(program, _held(model, program), trains=True)
-
-
-def _held(root: nn.Module, program: Program) -> nn.Module:
-    state = dict([*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)])
-    return program.root(state)
-
-
-def difference(got: Any, expected: Any) -> float:
-    """The largest difference of outputs, relative to the largest expected value."""
-    a = [t for t in pytree.tree_leaves(_tree(got)) if isinstance(t, Tensor)]
-    b = [t for t in pytree.tree_leaves(_tree(expected)) if isinstance(t, Tensor)]
-    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
-        return float("inf")
-    worst = 0.0
-    for x, y in zip(a, b):
-        if x.is_floating_point() and x.numel():
-            worst = max(worst, float((x - y).detach().abs().max() / y.detach().abs().max().clamp_min(1e-12)))
-    return worst
-
-
-def _tree(outputs: Any) -> Any:
-    return dict(outputs.items()) if hasattr(outputs, "items") else outputs
-
-
 def _clones(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
@@ -706,68 +443,4 @@ def _name(places: list[tuple[str, int, np.ndarray, bool]]) -> str:
             return path.rpartition(".")[0]
     return places[0][0].rpartition(".")[0] or places[0][0]
 
-
-_ATTENTION = "aten.scaled_dot_product_attention.default"
-_DIVIDED = "the code divides by its size"
-
-
-def _rows_and_columns(axis: Factors, rows: int, columns: int) -> tuple[Factors, Factors] | None:
-    """The axis as whole rows and whole columns, if it is that already."""
-    outer, inner = [], []
-    for array in axis:
-        grid = array.reshape(rows, columns)
-        if (grid == grid[:, :1]).all():
-            outer.append(grid[:, 0])
-        elif (grid == grid[:1]).all():
-            inner.append(grid[0])
-        else:
-            return None
-    return tuple(outer), tuple(inner)
-
-
-def _attributes(origin: Origin) -> set[Attribute]:
-    if isinstance(origin, Combined):
-        return _attributes(origin.left) | _attributes(origin.right)
-    return {origin} if isinstance(origin, Attribute) else set()
-
-
-def _origin_of(size: Size, numbers: list[tuple[int, Origin]]) -> Origin | None:
-    """Where a number of a node comes from, among the numbers that its call was given."""
-    if size.place is not None and size.place < len(numbers) and numbers[size.place][0] == size.size:
-        return numbers[size.place][1]
-    equal = [origin for n, origin in numbers if n == size.size]
-    named = [origin for origin in equal if isinstance(origin, Attribute) and origin.name == size.argument]
-    return next(iter(named or equal), None)
-
-
-def _around(path: str) -> list[str]:
-    """A module and the two around it."""
-    found = [path]
-    for _ in range(2):
-        if not path:
-            break
-        path = path.rpartition(".")[0]
-        found.append(path)
-    return found
-
-
-_SIZES = re.compile(
-    r"dim|head|chan|chs|feat|hidden|embed|group|width|planes|inner|expan|split|units|^[cCdDnmhk]$|in_|out_|qk|kv|_c$|size$|rank"
-)
-_NOT_SIZES = re.compile(
-    r"window|shift|kernel|stride|pad|patch|grid|img|image|input_size|resol|seq|token|depth|layer|block|stage|level|pos|max|class|"
-    r"dilation|scale_factor|vocab|area|spatial|feat_size|map|sr_ratio|prefix"
-)
-"""Names of attributes that are sizes of channel axes, and of those that are not, whatever their value."""
-
-
-def _numbers(module: nn.Module, follows: set[str]) -> Iterable[tuple[str, int | None, int]]:
-    """Whole numbers above 1 among the attributes, and in tuples and lists of them."""
-    for name, value in vars(module).items():
-        if name.startswith("_") or not _SIZES.search(name) or _NOT_SIZES.search(name) or name in follows:
-            continue
-        if type(value) is int and value > 1:
-            yield name, None, value
-        elif isinstance(value, tuple | list) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
-            yield from ((name, place, v) for place, v in enumerate(value) if v > 1)
 

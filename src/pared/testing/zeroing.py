@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pared.graph.channels import Channels, left
+from pared.graph.channels import Channels
+from pared.graph.cutting import left
 from pared.graph.module import flatten_arguments, rebuild, resolve
 from pared.graph.operators import Ref, find
 
