@@ -81,7 +81,7 @@ def test_trailing_bytes_are_refused(coder):
     for values in SAMPLES.values():
         name, payload = store.encode(values, coder)
         if name != "context":
-            assert not check(name, payload + b"\1\2\3\4\5\6\7\x08\x09", values.shape, values.dtype)
+            assert not check(name, bytes(payload) + b"\1\2\3\4\5\6\7\x08\x09", values.shape, values.dtype)
 
 
 @pytest.mark.parametrize("coder", store.names())
