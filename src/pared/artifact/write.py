@@ -106,8 +106,8 @@ def coded(
     file = container.wrap(Body(digest(zip(kinds, arrays, strict=True)), text, data.payloads).parts(len(data.coders)))
     contents = Contents(file, sys.maxsize, is_own=True)
     again = contents.tensors()
-    for path, tensor in stored:
-        if not same_bits(again[path], tensor):
+    for (path, tensor), read in zip(stored, again.values(), strict=True):
+        if not same_bits(read, tensor):
             raise ArtifactError(f"{path} would be read as other values than those that the model holds")
     return file, contents, again
 

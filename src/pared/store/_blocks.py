@@ -542,30 +542,23 @@ def _decode(body, slots, cursor, states, row):
             | np.uint64(body[k + np.uint64(5)]) << np.uint64(40)
             | np.uint64(body[k + np.uint64(6)]) << np.uint64(48)
             | np.uint64(body[k + np.uint64(7)]) << np.uint64(56)
-        ) >> (position & low)
-        slot = np.uint64(slots[a])
-        n_bits = slot >> eight & some
-        row[i] = slot & byte
-        a = (slot >> half) + (bits & ((one << n_bits) - one))
-        bits >>= n_bits
-        position += n_bits
-        slot = np.uint64(slots[b])
-        n_bits = slot >> eight & some
-        row[i + one] = slot & byte
-        b = (slot >> half) + (bits & ((one << n_bits) - one))
-        bits >>= n_bits
-        position += n_bits
-        slot = np.uint64(slots[c])
-        n_bits = slot >> eight & some
-        row[i + np.uint64(2)] = slot & byte
-        c = (slot >> half) + (bits & ((one << n_bits) - one))
-        bits >>= n_bits
-        position += n_bits
-        slot = np.uint64(slots[d])
-        n_bits = slot >> eight & some
-        row[i + three] = slot & byte
-        d = (slot >> half) + (bits & ((one << n_bits) - one))
-        position += n_bits
+        )  # and every state takes its own from them, so that none waits for another
+        slot_a, slot_b, slot_c, slot_d = np.uint64(slots[a]), np.uint64(slots[b]), np.uint64(slots[c]), np.uint64(slots[d])
+        row[i] = slot_a & byte
+        row[i + one] = slot_b & byte
+        row[i + np.uint64(2)] = slot_c & byte
+        row[i + three] = slot_d & byte
+        bits_a, bits_b = slot_a >> eight & some, slot_b >> eight & some
+        bits_c, bits_d = slot_c >> eight & some, slot_d >> eight & some
+        from_a = position & low
+        from_b = from_a + bits_a
+        from_c = from_b + bits_b
+        from_d = from_c + bits_c
+        a = (slot_a >> half) + (bits >> from_a & ((one << bits_a) - one))
+        b = (slot_b >> half) + (bits >> from_b & ((one << bits_b) - one))
+        c = (slot_c >> half) + (bits >> from_c & ((one << bits_c) - one))
+        d = (slot_d >> half) + (bits >> from_d & ((one << bits_d) - one))
+        position += bits_a + bits_b + bits_c + bits_d
     states[0], states[1], states[2], states[3] = a, b, c, d
     for last in range(n - n % 4, n):
         if position > end:
