@@ -216,7 +216,7 @@ def lossless(found: Any) -> list[tuple[str, str]]:
     def command(row: Any) -> str:
         kept, none = row["pared"]["command_s"], row["pared"]["command_without_machine_code_s"]
         return (
-            f"{kept:.1f} s on the clock from the start of the process, {none:.1f} s the first time after installation; "
+            f"{kept:.1f} s of the processor, the start of the process included, {none:.1f} s the first time after installation; "
             f"zipnn's process takes {row['zipnn']['start_s']:.1f} s to start and read the file"
         )
 

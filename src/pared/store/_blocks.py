@@ -34,7 +34,7 @@ _SLOTS = 1 << _PRECISION
 _STATES = 4
 _STREAM_BYTES = 5 + 2 * _STATES
 _SAMPLED = 1024  # of every quarter of a block, by which planes are known for noise
-WORTH = 31 / 32  # a block is coded when it takes less than this part of its bytes, as decoding takes time
+WORTH = 19 / 20  # a block is coded when it takes less than this part of its bytes, as decoding takes time
 _SPARE_BYTES = 8  # behind the streams: a round of four symbols reads no further, wherever in them it begins
 _INDEX_BYTES = 2  # in front of a table: its first symbol, and how many there are
 _KEPT = threading.local()
@@ -223,15 +223,15 @@ def _runs(modes: np.ndarray, numbers: np.ndarray) -> list[list[tuple[int, int, i
     """Stretches of blocks that are alike, for all the blocks at once: the first, the one after, mode and number."""
     if not modes.any():
         return [[(0, min(_AT_ONCE, len(modes) - base), RAW, 0)] for base in range(0, len(modes), _AT_ONCE)]
-    runs: list[list[tuple[int, int, int, int]]] = [[] for _ in range(0, len(modes), _AT_ONCE)]
+    runs = []
     kinds, listed = np.minimum(modes, SAME).tolist(), np.where(modes == RAW, 0, numbers).tolist()
     for base in range(0, len(kinds), _AT_ONCE):
-        own, begin = runs[base // _AT_ONCE], base
-        stop = min(base + _AT_ONCE, len(kinds))
+        own, begin, stop = [], base, min(base + _AT_ONCE, len(kinds))
         for block in range(base + 1, stop + 1):
             if block == stop or kinds[block] != kinds[begin] or listed[block] != listed[begin]:
                 own.append((begin - base, block - base, kinds[begin], listed[begin]))
                 begin = block
+        runs.append(own)
     return runs
 
 
