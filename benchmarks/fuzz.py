@@ -71,7 +71,7 @@ class Opened:
         coders = self.manifest.get("coders") if isinstance(self.manifest, dict) else None
         n_coders = max(1, len(coders)) if isinstance(coders, list) else 1
         text = self.text or json.dumps(self.manifest, separators=(",", ":"), ensure_ascii=False).encode()
-        return container.wrap(Body(self.digest, text, self.streams).to_bytes(n_coders))
+        return bytes(container.wrap(Body(self.digest, text, self.streams).parts(n_coders)))
 
 
 # -- mutations -------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def _resealed(file: bytes, rng: random.Random) -> bytes:
     """Bytes changed anywhere behind the seal, and the seal made to fit."""
     body = bytes(container.unwrap(memoryview(file)))
     inside = damaged(body[1 + DIGEST_BYTES :], rng)
-    return container.wrap(bytes([VERSION]) + seal(inside) + inside)
+    return bytes(container.wrap([bytes([VERSION]) + seal(inside), inside]))
 
 
 def _change_streams(opened: Opened, rng: random.Random) -> None:

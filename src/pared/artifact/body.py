@@ -41,34 +41,40 @@ class Body:
     streams: Sequence[tuple[int, bytes | memoryview]]
     manifest_bytes: int = 0
 
-    def to_bytes(self, n_coders: int) -> bytes:
+    def parts(self, n_coders: int) -> list[bytes | memoryview]:
+        """The bytes, in pieces to be put one after the other."""
         method, packed = pack(self.manifest)
         lengths = b"".join(varint(len(payload) * n_coders + coder) for coder, payload in self.streams)
-        sealed = b"".join(
-            [self.digest, bytes([method]), varint(len(self.manifest)), varint(len(packed)), packed, lengths]
-            + [bytes(payload) for _, payload in self.streams]
-        )
-        return bytes([VERSION]) + seal(sealed) + sealed
+        head = b"".join([self.digest, bytes([method]), varint(len(self.manifest)), varint(len(packed)), packed, lengths])
+        sealed = [head, *(payload for _, payload in self.streams)]
+        return [bytes([VERSION]) + seal(*sealed), *sealed]
 
 
-def seal(sealed: bytes | memoryview) -> bytes:
-    return hashlib.sha256(sealed).digest()[:DIGEST_BYTES]
+def seal(*sealed: bytes | memoryview) -> bytes:
+    over_all = hashlib.sha256()
+    for part in sealed:
+        over_all.update(part)
+    return over_all.digest()[:DIGEST_BYTES]
 
 
 class Reader:
     """Reads a body; every step is bounded by the bytes that are there.
 
+    Args:
+        body: all its bytes.
+        is_own: it was sealed a moment ago, in the same memory.
+
     Raises:
         ArtifactError: the seal does not fit, the version is not known, or the body ends too early.
     """
 
-    def __init__(self, body: memoryview) -> None:
+    def __init__(self, body: memoryview, is_own: bool = False) -> None:
         if len(body) and body[0] != VERSION:
             raise ArtifactError(f"this pared reads files of version {VERSION}, found version {body[0]}; load with a newer pared")
         if len(body) < _HEAD_BYTES:
             raise ArtifactError(f"a .pared file must hold {_HEAD_BYTES} bytes or more, got {len(body)}: it is cut off")
         sealed = body[1 + DIGEST_BYTES :]
-        if seal(sealed) != bytes(body[1 : 1 + DIGEST_BYTES]):
+        if not is_own and seal(sealed) != bytes(body[1 : 1 + DIGEST_BYTES]):
             raise ArtifactError("the file was altered or damaged: its sha256 is another one than when it was saved")
         self._body = body
         self._position = _HEAD_BYTES

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pared.artifact import container
+from pared.artifact.manifest import Manifest
 from pared.artifact.read import Contents, border
 from pared.artifact.skeleton import skeleton
-from pared.artifact.tensors import Entry, Kind, places
-from pared.artifact.write import save
+from pared.artifact.tensors import Entry, Kind, check_storable, places
+from pared.artifact.write import coded
 from pared.errors import ArtifactError, InputError
 from pared.site import Decoded
 
@@ -42,7 +43,11 @@ def pack(source: str | os.PathLike[str], target: str | os.PathLike[str], store: 
     except KeyError:  # names that no module could have: they are kept beside numbers
         provenance[_NAMES] = list(tensors)
         tree = _tree({f"tensor.{number}": tensor for number, tensor in enumerate(tensors.values())})
-    save(tree, target, store=store, program=False, provenance=provenance)
+    stored = [(place.path, place.held) for place in places(tree) if isinstance(place.held, Tensor)]
+    for path, tensor in stored:
+        check_storable(path, tensor)
+    entries = [Entry(path, "buffer", Kind.of(tensor)) for path, tensor in stored]
+    container.write(target, coded(Manifest(entries, provenance=provenance), stored, store)[0])
 
 
 def _tree(tensors: dict[str, Tensor]) -> nn.Module:
@@ -62,12 +67,14 @@ def unpack(source: str | os.PathLike[str], target: str | os.PathLike[str], max_b
     tensors: dict[str, Tensor] = {}
     with border(source):
         contents = Contents(data, max_bytes)
-        tree = contents.tree()
-        for place in places(tree):
-            if place.role == "constant":
-                continue
-            held = place.held() if isinstance(place.held, Decoded) else place.held
-            tensors[place.path] = held.detach().contiguous()
+        if contents.coded():
+            for place in places(contents.tree()):
+                if place.role != "constant":
+                    held = place.held() if isinstance(place.held, Decoded) else place.held
+                    tensors[place.path] = held.detach().contiguous()
+        else:
+            own = contents.tensors()
+            tensors = {entry.path: own[entry.path] for entry in contents.manifest.entries if entry.role != "constant"}
         metadata = contents.manifest.provenance.get(_METADATA, {})
         names = contents.manifest.provenance.get(_NAMES, list(tensors))
         known = isinstance(metadata, dict) and isinstance(names, list)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pared.errors import ArtifactError, InputError
 
@@ -15,11 +18,18 @@ LARGEST_HEADER = 1 << 16
 _LENGTH_BYTES = 8
 
 
-def wrap(body: bytes) -> bytes:
-    """The bytes of a safetensors file that holds the body as its one tensor, of type U8."""
-    entry = {"dtype": "U8", "shape": [len(body)], "data_offsets": [0, len(body)]}
+def wrap(body: Sequence[bytes | memoryview]) -> memoryview:
+    """The bytes of a safetensors file that holds the parts of the body as its one tensor, of type U8."""
+    length = sum(map(len, body))
+    entry = {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}
     header = json.dumps({ENTRY: entry}, separators=(",", ":")).encode()
-    return len(header).to_bytes(_LENGTH_BYTES, "little") + header + body
+    parts = [len(header).to_bytes(_LENGTH_BYTES, "little"), header, *body]
+    file = np.empty(sum(map(len, parts)), np.uint8).data  # not joined: numpy gets large pages of memory, which is quicker
+    start = 0
+    for part in parts:
+        file[start : start + len(part)] = part
+        start += len(part)
+    return file
 
 
 def unwrap(file: memoryview) -> memoryview:
@@ -62,7 +72,7 @@ def read(path: str | os.PathLike[str]) -> bytes:
         raise InputError(f"{path} must be a file that can be read: {error.strerror or error}; check the path") from error
 
 
-def write(path: str | os.PathLike[str], data: bytes) -> None:
+def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Put the data at the path in one step: whatever goes wrong, what was there before stays whole.
 
     Raises:

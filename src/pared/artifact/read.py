@@ -82,6 +82,7 @@ class Contents:
     Args:
         file: all its bytes.
         max_bytes: as for `load`.
+        is_own: it was made a moment ago, so that neither seal nor digest need be computed once more.
 
     Attributes:
         manifest: what the file says about itself.
@@ -91,9 +92,10 @@ class Contents:
         manifest_bytes: of the compressed manifest.
     """
 
-    def __init__(self, file: bytes, max_bytes: int | None = None) -> None:
+    def __init__(self, file: bytes | memoryview, max_bytes: int | None = None, is_own: bool = False) -> None:
         self.max_bytes = FREE_BYTES + LARGEST_GROWTH * len(file) if max_bytes is None else max_bytes
-        reader = Reader(container.unwrap(memoryview(file)))
+        self.is_own = is_own
+        reader = Reader(container.unwrap(memoryview(file)), is_own)
         self.digest = reader.digest
         self.manifest_bytes = reader.manifest_bytes
         self.manifest_size = reader.size
@@ -127,13 +129,13 @@ class Contents:
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by its path, checked against the digest."""
         arrays = self.arrays()
-        if digest((kind, array) for (_, kind), array in zip(self.stored, arrays, strict=True)) != self.digest:
+        if not self.is_own and digest((kind, array) for (_, kind), array in zip(self.stored, arrays, strict=True)) != self.digest:
             raise ArtifactError("the tensors decode to others than those that were saved: their sha256 is another one")
         return {path: from_array(array, kind) for (path, kind), array in zip(self.stored, arrays, strict=True)}
 
-    def tree(self, cache: bool = True) -> nn.Module:
+    def tree(self, cache: bool = True, tensors: dict[str, Tensor] | None = None) -> nn.Module:
         """Plain modules that hold every tensor of the network at its paths, coded ones with their decoders."""
-        tensors = self.tensors()
+        tensors = self.tensors() if tensors is None else tensors
         coded = self.coded()
         own = {entry.path: tensors[self._first[entry.path]] for entry in self.manifest.entries if entry.path not in coded}
         root = skeleton(self.manifest.entries, self.manifest.edits, own)

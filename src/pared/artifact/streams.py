@@ -1,4 +1,7 @@
-"""Stored tensors as coded streams: one each, or small ones of a kind together where that takes fewer bytes."""
+"""Stored tensors as coded streams: one each, or small ones of a kind together where that takes fewer bytes.
+
+Which small tensors go together is tried out, unless they are such a small part of the file that it would not show.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from pared.artifact.tensors import Kind
 from pared.errors import ArtifactError, StoreError
 
 _SMALL = 1024  # elements: what is larger has a stream of its own
+_RATHER_SMALL = 4096  # the same, where nothing is tried
+_MINOR = 1 / 32  # of all bytes: up to here nothing is tried
 _LARGEST_GROUP = 1 << 16
 _MOST_PIECES = 16
 _MEMBER_BYTES = 1  # what naming a member of a group takes in the manifest
@@ -96,9 +101,9 @@ class _Grouping:
     def __init__(self, arrays: Sequence[tuple[str, np.ndarray]], prefer: str) -> None:
         self.arrays = arrays
         self.prefer = prefer
-        self._coded: dict[tuple[int, ...], tuple[str, bytes]] = {}
+        self._coded: dict[tuple[int, ...], tuple[str, bytes | memoryview]] = {}
 
-    def code(self, members: tuple[int, ...]) -> tuple[str, bytes]:
+    def code(self, members: tuple[int, ...]) -> tuple[str, bytes | memoryview]:
         if members not in self._coded:
             parts = [self.arrays[member][1] for member in members]
             joined = parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
@@ -106,15 +111,36 @@ class _Grouping:
         return self._coded[members]
 
     def groups(self) -> list[list[int]]:
-        by_name: dict[tuple[str, np.dtype[Any]], list[int]] = {}
-        for number, (path, array) in enumerate(self.arrays):
-            if 0 < array.size <= _SMALL:
-                by_name.setdefault((path.rpartition(".")[2], array.dtype), []).append(number)
+        by_name = self._by_name(_RATHER_SMALL)
+        n_bytes = sum(self.arrays[number][1].nbytes for members in by_name.values() for number in members)
+        if n_bytes <= _MINOR * sum(array.nbytes for _, array in self.arrays):
+            return sorted(group for members in by_name.values() for group in self._filled(members) if len(group) > 1)
+        by_name = self._by_name(_SMALL)
         by_type: dict[np.dtype[Any], list[tuple[int, ...]]] = {}
         for (_, dtype), members in by_name.items():
             by_type.setdefault(dtype, []).extend(self._merged(self._pieces(members)))
         merged = [group for groups in by_type.values() for group in self._merged(groups)]
         return sorted(list(group) for group in merged if len(group) > 1)
+
+    def _by_name(self, largest: int) -> dict[tuple[str, np.dtype[Any]], list[int]]:
+        """The tensors of so many elements, by the last part of their path and by type."""
+        by_name: dict[tuple[str, np.dtype[Any]], list[int]] = {}
+        for number, (path, array) in enumerate(self.arrays):
+            if 0 < array.size <= largest:
+                by_name.setdefault((path.rpartition(".")[2], array.dtype), []).append(number)
+        return by_name
+
+    def _filled(self, members: list[int]) -> list[list[int]]:
+        """The members in order, as many together as a group may hold."""
+        groups: list[list[int]] = [[]]
+        size = 0
+        for member in members:
+            size += self.arrays[member][1].size
+            if size > _LARGEST_GROUP:
+                groups.append([])
+                size = self.arrays[member][1].size
+            groups[-1].append(member)
+        return groups
 
     def _pieces(self, members: list[int]) -> list[tuple[int, ...]]:
         """At most so many tuples of neighbours in spread that trying to join them takes no time."""

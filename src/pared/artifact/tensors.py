@@ -231,8 +231,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in type, shape and every bit (torch.equal finds NaN unequal to itself)."""
     if Kind.of(a) != Kind.of(b):
         return False
-    first, second = to_array(a), to_array(b)
-    return first.size == 0 or bool(np.array_equal(first.reshape(-1).view(np.uint8), second.reshape(-1).view(np.uint8)))
+    first, second = (to_array(tensor).reshape(-1) for tensor in (a, b))
+    words = f"u{first.dtype.itemsize}"
+    return first.size == 0 or bool((first.view(words) == second.view(words)).all())
 
 
 def check_total(kinds: Iterable[Kind], max_bytes: int) -> None:

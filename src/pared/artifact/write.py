@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +69,7 @@ def save(
     container.write(path, to_bytes(model, record, store, program))
 
 
-def to_bytes(model: nn.Module, record: Record, store: str = "smallest", with_program: bool = True) -> bytes:
+def to_bytes(model: nn.Module, record: Record, store: str = "smallest", with_program: bool = True) -> memoryview:
     """The bytes of a model's file."""
     root = model.root if isinstance(model, ProgramModule) else model
     held = places(root)
@@ -88,17 +88,28 @@ def to_bytes(model: nn.Module, record: Record, store: str = "smallest", with_pro
             stored += [(paths[0], tensor) for paths, tensor in by_path[entry.path].stored()]
         else:
             stored.append((entry.path, values[entry.path].detach()))
-    arrays = [(path, to_array(tensor)) for path, tensor in stored]
-    data = Streams(arrays, store)
-    manifest = Manifest(
-        entries, record.edits, data.coders, data.groups, program and program.to_json(), record.recipe, record.provenance
-    )
-    text = _text(manifest)
-    _check_explained(root, manifest, text)
-    whole = digest((Kind.of(tensor), array) for (_, tensor), (_, array) in zip(stored, arrays, strict=True))
-    file = container.wrap(Body(whole, text, data.payloads).to_bytes(len(data.coders)))
-    _read_back(file, values)
+    manifest = Manifest(entries, record.edits, [], [], program and program.to_json(), record.recipe, record.provenance)
+    _check_explained(root, manifest)
+    file, contents, again = coded(manifest, stored, store)
+    _check_decoded(contents, again, values)
     return file
+
+
+def coded(
+    manifest: Manifest, stored: Sequence[tuple[str, Tensor]], store: str
+) -> tuple[memoryview, Contents, dict[str, Tensor]]:
+    """The bytes of a file with these tensors, and what it gives when it is read: all come out bit for bit."""
+    kinds = [Kind.of(tensor) for _, tensor in stored]
+    arrays = [to_array(tensor) for _, tensor in stored]
+    data = Streams([(path, array) for (path, _), array in zip(stored, arrays, strict=True)], store)
+    text = _text(replace(manifest, coders=data.coders, groups=data.groups))
+    file = container.wrap(Body(digest(zip(kinds, arrays, strict=True)), text, data.payloads).parts(len(data.coders)))
+    contents = Contents(file, sys.maxsize, is_own=True)
+    again = contents.tensors()
+    for (path, tensor), read in zip(stored, again.values(), strict=True):
+        if not same_bits(read, tensor):
+            raise ArtifactError(f"{path} would be read as other values than those that the model holds")
+    return file, contents, again
 
 
 def _plain(root: nn.Module) -> nn.Module:
@@ -145,9 +156,9 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def _check_explained(root: nn.Module, manifest: Manifest, text: bytes) -> None:
+def _check_explained(root: nn.Module, manifest: Manifest) -> None:
     """Raise an InputError unless the edits build just what the model holds."""
-    read = Manifest.from_json(loads(text))
+    read = Manifest.from_json(loads(_text(manifest)))
     if read.edits != manifest.edits:
         wrong = next(edit for edit, again in zip(manifest.edits, read.edits, strict=True) if edit != again)
         raise InputError(f"the settings or the structure of {wrong.technique} do not survive being written as JSON")
@@ -162,13 +173,13 @@ def _check_explained(root: nn.Module, manifest: Manifest, text: bytes) -> None:
             )
 
 
-def _read_back(file: bytes, values: Mapping[str, Tensor]) -> None:
-    """Raise an ArtifactError unless the file gives every tensor bit for bit."""
-    contents = Contents(file, max_bytes=sys.maxsize)
-    tree = contents.tree(cache=False)
+def _check_decoded(contents: Contents, tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Raise an ArtifactError unless the file gives every coded tensor bit for bit."""
+    paths = contents.coded() & values.keys()
+    tree = contents.tree(cache=False, tensors=tensors) if paths else None
     for entry in contents.manifest.entries:
         owner, _, name = entry.path.rpartition(".")
-        if entry.path in values and not same_bits(getattr(tree.get_submodule(owner), name), values[entry.path]):
+        if tree and entry.path in paths and not same_bits(getattr(tree.get_submodule(owner), name), values[entry.path]):
             raise ArtifactError(
                 f"{entry.path} would be read as other values than those that the model holds; its decoder depends on more than "
                 "shapes, settings and structure"

@@ -2,7 +2,7 @@
 
 A coder is a module of this folder whose name does not start with an underscore, with three functions and a figure:
 
-    encode(values, symbols) -> bytes | None          None: does not apply; one element or more, native byte order
+    encode(values, symbols) -> bytes | memoryview | None   None: does not apply; one element or more, native byte order
     decode(payload, shape, dtype) -> array           StoreError for bytes that it cannot have written
     estimate_bits(values, symbols) -> float | None   close to 8 * len(encode(values, symbols))
     DECODE_NS                                        time per element of a large tensor, in ns; only the order matters
@@ -36,7 +36,7 @@ _SLACK = 1.01, 256.0  # ratio and bits: coders whose estimates are this close to
 class Coder(Protocol):
     DECODE_NS: float
 
-    def encode(self, values: np.ndarray, symbols: Symbols | None) -> bytes | None: ...
+    def encode(self, values: np.ndarray, symbols: Symbols | None) -> bytes | memoryview | None: ...
 
     def decode(self, payload: memoryview, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray: ...
 
@@ -48,8 +48,10 @@ def names() -> list[str]:
     return sorted(_coders())
 
 
-def encode(values: np.ndarray, prefer: str = "smallest") -> tuple[str, bytes]:
+def encode(values: np.ndarray, prefer: str = "smallest") -> tuple[str, bytes | memoryview]:
     """The coder's name and the payload of a tensor of integers, bool or floats, of any shape.
+
+    A payload may be the memory of values itself: write it before they change.
 
     prefer: "smallest", where a slow coder (context) has to save 3 %; "fastest", the one that decodes fastest of the
     quick coders within 5 % of the smallest of them; or a coder's name. Where the named coder does not apply (huffman
@@ -63,11 +65,14 @@ def encode(values: np.ndarray, prefer: str = "smallest") -> tuple[str, bytes]:
         payload = _coders()[_known(prefer)].encode(values, symbols)
         if payload is not None:
             return prefer, payload
+    if symbols is None:  # few coders apply, and trying them takes no longer than estimating what they would take
+        written = _written(values, None, _candidates(prefer))
+        name = _pick({name: len(payload) for name, payload in written.items()}, prefer)
+        return name, written[name]
     estimates = _estimates(values, symbols, prefer)
     weighed = _weighed(estimates)
     limit = min(weighed.values()) * (_WITHIN if prefer == "fastest" else 1) * _SLACK[0] + _SLACK[1]
-    payloads = {name: _coders()[name].encode(values, symbols) for name, bits in weighed.items() if bits <= limit}
-    written = {name: payload for name, payload in payloads.items() if payload is not None}
+    written = _written(values, symbols, [name for name, bits in weighed.items() if bits <= limit])
     name = _pick({name: len(payload) for name, payload in written.items()}, prefer)
     return name, written[name]
 
@@ -124,16 +129,26 @@ def _native(values: np.ndarray) -> np.ndarray:
 
 def _estimates(values: np.ndarray, symbols: Symbols | None, prefer: str) -> dict[str, float]:
     """Estimated bits of the coders that prefer allows and that apply to values."""
-    if prefer == "smallest":
-        return _applicable(values, symbols, names())
-    if prefer == "fastest":
-        return _applicable(values, symbols, [name for name in names() if not _is_slow(name)])
-    return _applicable(values, symbols, [_known(prefer)]) or _applicable(values, symbols, ["rans", "planes", "raw"])
-
-
-def _applicable(values: np.ndarray, symbols: Symbols | None, allowed: list[str]) -> dict[str, float]:
-    estimates = {name: _coders()[name].estimate_bits(values, symbols) for name in allowed}
+    if prefer not in ("smallest", "fastest"):
+        bits = _coders()[_known(prefer)].estimate_bits(values, symbols)
+        if bits is not None:
+            return {prefer: bits}
+    estimates = {name: _coders()[name].estimate_bits(values, symbols) for name in _candidates(prefer)}
     return {name: bits for name, bits in estimates.items() if bits is not None}
+
+
+def _candidates(prefer: str) -> list[str]:
+    """The coders to choose from; of those in place of a named one that does not apply, one always does."""
+    if prefer == "smallest":
+        return names()
+    if prefer == "fastest":
+        return [name for name in names() if not _is_slow(name)]
+    return ["rans", "planes", "raw"]
+
+
+def _written(values: np.ndarray, symbols: Symbols | None, allowed: list[str]) -> dict[str, bytes | memoryview]:
+    payloads = {name: _coders()[name].encode(values, symbols) for name in allowed}
+    return {name: payload for name, payload in payloads.items() if payload is not None}
 
 
 def _pick(sizes: Mapping[str, float], prefer: str) -> str:

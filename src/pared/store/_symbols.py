@@ -10,6 +10,7 @@ from pared.store._bits import damaged
 from pared.store._gaps import SPARSE, Gaps
 
 LARGEST_ALPHABET = 1 << 16
+_SAMPLE = 1024  # elements
 _CHUNK = 1 << 20  # elements: numpy widens to int64 while counting, so count piece by piece
 
 
@@ -29,8 +30,8 @@ class Symbols:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Symbols | None:
-        """None when the values are not integers, are none at all, or span more than 65,536 values."""
-        if values.dtype.kind not in "iub" or values.size == 0:
+        """None when the values are not integers, are none at all, span more than 65,536 values, or are like noise."""
+        if values.dtype.kind not in "iub" or values.size == 0 or _is_noise(values):
             return None
         if values.dtype.itemsize <= 2:
             raw = _as_unsigned(values)
@@ -83,6 +84,13 @@ def entropy_bits(counts: np.ndarray) -> float:
     """Of all symbols together, under their own histogram."""
     used = counts[counts > 0]
     return float(used @ np.log2(used.sum() / used))
+
+
+def _is_noise(values: np.ndarray) -> bool:
+    """Whether so many values occur in a sample that they can only be bfloat16, whose planes say more."""
+    if values.dtype != np.uint16 or values.size < 4 * _SAMPLE:
+        return False
+    return len(np.unique(values.reshape(-1)[:: values.size // _SAMPLE])) > _SAMPLE // 4
 
 
 def _as_unsigned(values: np.ndarray) -> np.ndarray:

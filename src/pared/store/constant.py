@@ -11,13 +11,14 @@ from pared.store._bits import damaged
 from pared.store._symbols import Symbols, check_range
 
 DECODE_NS = 0.05
+_FIRST = 64  # which are nearly always enough to see that there is more than one value
 
 
 def encode(values: np.ndarray, symbols: Symbols | None) -> bytes | None:
     if symbols is not None and symbols.alphabet > 1:
         return None
     raw = values.reshape(-1).view(np.uint8 if values.dtype == np.bool_ else f"u{values.dtype.itemsize}")
-    if not (raw == raw[0]).all():
+    if not ((raw[:_FIRST] == raw[0]).all() and (raw == raw[0]).all()):
         return None
     if values.dtype.kind == "f":
         return raw[:1].astype(raw.dtype.newbyteorder("<")).tobytes().lstrip(b"\0")

@@ -12,8 +12,8 @@ from pared.store._symbols import Symbols
 DECODE_NS = 0.1
 
 
-def encode(values: np.ndarray, symbols: Symbols | None) -> bytes:
-    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+def encode(values: np.ndarray, symbols: Symbols | None) -> memoryview:
+    return values.astype(values.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
 
 
 def decode(payload: memoryview, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
