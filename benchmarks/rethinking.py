@@ -7,7 +7,7 @@
 Liu et al. 2019 (arXiv:1810.05270) found that many pruned networks are no better than the same architecture trained from
 scratch. Scratch-E: as many epochs as the original was trained for. Scratch-B: as many epochs as the MACs of those of the
 original pay for, so twice as many at half the MACs. With `--count-tuning` both get the epochs of fine-tuning on top. The pruned
-network is a .pared file, or what a recipe finds, fine-tuned by distillation for `--epochs`. Accuracy is on the test data,
+network is a .pared file, or what a recipe finds, fine-tuned on the labels for `--epochs`. Accuracy is on the test data,
 which nothing was chosen on. Figures go to benchmarks/results/rethinking.json.
 """
 
@@ -48,7 +48,7 @@ def pruned_by(recipe: Any, original: nn.Module, task: pared.Task, share: str, ep
     """What the recipe finds, and then fine-tuned; a recipe that trains by itself is left as it is."""
     result = pared.compress(original, task, recipe=recipe, macs=share, seed=seed)
     trained = any(trial["epochs"] for trial in result.data["trials"])
-    return result.model if trained or not epochs else tuned(plain(result.model), task, original, epochs, seed)
+    return result.model if trained or not epochs else tuned(plain(result.model), task, epochs, seed)
 
 
 def rethink(
