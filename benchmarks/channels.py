@@ -7,9 +7,10 @@
     python benchmarks/channels.py --by-time                      # planned by the time of layers, and by MACs at the same damage
 
 DIR holds torch-pruning (pip install --no-deps --target DIR torch-pruning). Both get the same trained network, the same
-calibration images and the same number of epochs on the labels, trained as Scratch-B is (on validation images that was
-better than distillation from the original, by 0.5 points); accuracy is on the test images, which nothing was chosen on. Scratch-B trains the network that pared found from random weights for as many epochs as fit
-into the MACs of training the original. Figures go to benchmarks/results/channels.json.
+calibration images and the same number of epochs on the labels, trained as Scratch-B is (on validation images that was better
+than distillation from the original, by 0.5 points). Accuracy is on the test images, which nothing was chosen on. Scratch-B
+trains the network that pared found from random weights for as many epochs as fit into the MACs of training the original.
+Figures go to benchmarks/results/channels.json.
 """
 
 from __future__ import annotations
