@@ -33,6 +33,7 @@ import pared
 from pared import registry, sources
 from pared.budget.calibrate import gather
 from pared.budget.channels import Removal, channel_options, plan_channels
+from pared.budget.probe import correct_
 from pared.errors import BudgetError, InputError
 from pared.graph.channels import Channels
 from pared.measurement import Latency, compare
@@ -168,6 +169,7 @@ def by_time(original: nn.Module, task: pared.Task, target: float) -> list[dict[s
     kept = next(trial for trial in found.data["trials"] if trial["accepted"])
     rows: dict[str, tuple[nn.Module, float]] = {"original": (original, 0.0), "by time": (found.model, kept["predicted_damage"])}
     statistics = gather(original, task, seed=0, progress=lambda event: None)
+    correct_(original, task, statistics)
     graph = Channels(duplicate(original).eval(), *task.example(original))
     for multiple in (1, 8, 16):
         techniques = [registry.get("prune.channels")(keep=keep, round_to=multiple) for keep in KEEP]

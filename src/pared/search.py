@@ -185,7 +185,7 @@ class Search:
                 yield from self._explore(index + 1, twin, grown, (*levels, Level(chosen)), macs)
                 continue
             Removal(twin, graph, job.task).remove_(chosen)
-            seen = gather(plain(twin), job.task, seed=job.seed, progress=job.progress) if chosen else statistics
+            seen = gather(plain(twin), job.task, seed=job.seed, progress=job.progress, folder=job.aside) if chosen else statistics
             left = macs * graph.macs(masks(chosen, graph)) / graph.macs({})
             yield from self._explore(index + 1, twin, seen, (*levels, Level(chosen, graph, tuple(found), seen)), left)
 
@@ -194,12 +194,16 @@ class Search:
     ) -> list[tuple[Option, ...]]:
         """A few plans of a step that removes channels before others follow: what is asked, or some shares of the MACs."""
         whole = graph.macs({})
+        asked: list[list[Option]] = []
         if self.job.target.speedup is not None and layers:
             limit = _milliseconds(layers, np.ones(len(graph.groups))) / self.job.target.speedup
-            return [tuple(plan_channels(found, graph, latency_ms=limit, layers=layers))]
-        if self.job.target.macs is not None or self.job.target.speedup is not None:
-            asked = self.job.target.macs or self.job.total_macs / (self.job.target.speedup or 1.0)
-            return [tuple(plan_channels(found, graph, macs=whole * min(1.0, asked / macs)))]
+            asked.append(plan_channels(found, graph, latency_ms=limit, layers=layers))
+        if self.job.target.macs is not None or (self.job.target.speedup is not None and not layers):
+            limit = self.job.target.macs or self.job.total_macs / (self.job.target.speedup or 1.0)
+            asked.append(plan_channels(found, graph, macs=whole * min(1.0, limit / macs)))
+        if asked:
+            lightest = min(asked, key=lambda plan: graph.macs(masks(plan, graph)))
+            return [tuple(lightest)]
         plans: list[tuple[Option, ...]] = [()]
         for share in (0.75, 0.5, 0.35):
             try:
@@ -352,7 +356,7 @@ class Search:
             if aim.is_over:
                 break
             try:
-                trial = self._at_size(target.file_bytes, target.macs, trained=False, pace=aim.pace)
+                trial = self._at_pace(aim.pace, [trial for _, _, trial in tried])
             except BudgetError as error:
                 failure = error
                 aim.cannot()
@@ -365,8 +369,14 @@ class Search:
             raise failure or BudgetError("no plan was found")
         fast = [one for one in tried if one[1] >= wanted]
         pace, speedup, trial = min(fast, key=lambda one: one[2].drop.value) if fast else max(tried, key=lambda one: one[1])
-        if self.job.trains:
-            trial = self._at_size(target.file_bytes, target.macs, trained=True, pace=pace)
+        if self.job.trains and target.file_bytes is None:
+            trial = self.trials.carry_out(trial.way, trial.plan, trained=True)
+        elif self.job.trains:
+            try:
+                trial = self._at_size(target.file_bytes, target.macs, trained=True, pace=pace)
+            except BudgetError as error:
+                say(f"{error}; what was found without training is kept")
+        if trial.trained:
             speedup = self._speedup(trial)
             say(f"{speedup:.2f}x faster in {target.runtime} after training")
         met = speedup >= wanted and self._accepts(trial)
@@ -375,6 +385,15 @@ class Search:
             f"drop {trial.drop.value:.2f}; the best found is kept"
         )
         return Found(trial, met, reason)
+
+    def _at_pace(self, pace: float, tried: Sequence[Trial]) -> Trial:
+        """A trial of the plan for this share of the time; one that was carried out already is not carried out again."""
+        target = self.job.target
+        if target.file_bytes is not None:
+            return self._at_size(target.file_bytes, target.macs, trained=False, pace=pace)
+        way, plan = self._plan(None, target.macs, pace)
+        same = (trial for trial in tried if trial.way is way and [*map(id, trial.plan.options)] == [*map(id, plan.options)])
+        return next(same, None) or self.trials.carry_out(way, plan, trained=False)
 
     def _speedup(self, trial: Trial) -> float:
         """Of the whole network, one example at a time."""
@@ -412,7 +431,7 @@ class Search:
 def _cut_plan(
     way: Way, size_bits: float | None = None, macs: float | None = None, pace: float | None = None
 ) -> Plan:
-    """The channels to remove within the budgets; where there are several, the one that takes most decides."""
+    """The channels to remove within the budgets; where there are several, the least harmful plan for one of them that meets all."""
     graph = way.graph
     if graph is None:
         raise ValueError("a way that removes no channels has no graph of them")
@@ -428,11 +447,12 @@ def _cut_plan(
     if size_bits is not None:
         limits["stored_bits"] = size_bits
         plans.append(plan_channels(way.options, graph, bits=size_bits))
-    costs = [(_cut_cost(way, plan), plan) for plan in plans or [[]]]
-    cost, chosen = min(costs, key=lambda pair: (pair[0].stored_bits, pair[0].macs))
-    if any(getattr(cost, name) > 1.0001 * limit for name, limit in limits.items()):
+    costs = [(_cut_cost(way, plan), sum(option.damage for option in plan), plan) for plan in plans or [[]]]
+    fitting = [one for one in costs if all(getattr(one[0], name) <= 1.0001 * limit for name, limit in limits.items())]
+    if not fitting:
         raise BudgetError("no plan for the channels meets all of the budgets at once; relax one of them")
-    return Plan(tuple(chosen), cost, sum(option.damage for option in chosen), 0.0, time.perf_counter() - start)
+    cost, damage, chosen = min(fitting, key=lambda one: one[1])
+    return Plan(tuple(chosen), cost, damage, 0.0, time.perf_counter() - start)
 
 
 def _cut_cost(way: Way, chosen: Sequence[Option]) -> Cost:

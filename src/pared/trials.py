@@ -172,7 +172,9 @@ class Trials:
                 edits += new
                 history += rows
                 if learns and not is_last:  # other channels are left than when the plan was made
-                    statistics = gather(plain(model), self.job.task, seed=self.job.seed, progress=self.job.progress)
+                    statistics = gather(
+                        plain(model), self.job.task, seed=self.job.seed, progress=self.job.progress, folder=self.job.aside
+                    )
                 elif level.statistics is not None:
                     statistics = level.statistics.copy()
             model.eval()

@@ -83,6 +83,26 @@ def test_the_curvature_is_that_of_the_program(name):
         assert parts.curvature(path).damage(delta) == pytest.approx(run.curvature(path).damage(delta), rel=1e-4)
 
 
+def test_some_matrices_at_a_time_are_those_at_once_where_code_works_in_place_and_takes_other_branches_for_parts():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.late, self.out = nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.act(self.first(x))
+            return self.out(self.act(self.late(x)) if len(x) < 16 and bool(x.sum() > -1e9) else x)
+
+    torch.manual_seed(0)
+    model, task = Whole().eval(), task_of(torch.randn(64, 8))
+    at_once, in_parts = gather(model, task), gather(model, task, held=1)
+    for path in at_once:
+        terms = at_once.curvature(path).terms, in_parts.curvature(path).terms
+        assert len(terms[0]) == len(terms[1])
+        delta = torch.randn(at_once.curvature(path).shape)
+        assert in_parts.curvature(path).damage(delta) == pytest.approx(at_once.curvature(path).damage(delta), rel=1e-4)
+
+
 def test_branches_that_no_example_takes_are_named_and_still_matter():
     torch.manual_seed(0)
     x, said = torch.randn(32, 1, 8, 8), []

@@ -317,3 +317,39 @@ def test_tokens_in_their_own_units_are_multiplied_as_integers_in_onnxruntime(seq
     assert sum(node.op_type == "MatMulIntegerToFloat" for node in nodes) == 6
     pared.save(small, tmp_path / "net.pared")
     assert torch.equal(pared.load(tmp_path / "net.pared")(x), small(x))
+
+
+def test_what_the_network_returns_is_not_rounded_per_token(sequences):
+    class Both(Attending):
+        def forward(self, x):
+            x = self.norm(x)
+            return self.head(x), x
+
+    model, x = Both().eval(), sequences.train[0][0]
+    task = pared.Task(sequences.train, sequences.val, loss=lambda o, b: o[0].mean(), metric=lambda o, b: o[0].mean(-1).mean(-1))
+    rounded = pared.apply(model, task, Activations(range="per_token", bits=4))
+    assert torch.equal(rounded(x)[1], model(x)[1]) and not torch.equal(rounded(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_of_zeros_stay_zeros_in_short_floats(dtype):
+    layer, x = nn.Linear(4, 4).to(dtype), torch.zeros(2, 4, dtype=dtype, requires_grad=True)
+    layer.register_buffer("input_scale", torch.tensor(1 / 127))
+    layer.register_buffer("input_zero_point", torch.tensor(128, dtype=torch.uint8))
+    y = Rounding("input", 8, per_token=True)(layer, x)
+    y.sum().backward()
+    assert y.dtype == dtype and torch.equal(y, torch.zeros_like(y)) and bool(x.grad.isfinite().all())
+
+
+def test_other_factors_than_the_largest_magnitude_stay_before_the_product_in_onnx(sequences, tmp_path):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.g, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.c(self.a(x) * self.g(x).clamp(0, 6)).mean(1)
+
+    torch.manual_seed(0)
+    small = pared.apply(Gated().eval(), sequences, [quantize.Integer(tensors="matrices"), Activations(keep="c")])
+    assert pared.export(small, tmp_path / "net.onnx").rounds

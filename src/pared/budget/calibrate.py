@@ -143,8 +143,9 @@ class _Calibration:
         self.energy: dict[str, float] = {}
         self.sizes: dict[str, int] = {}
         """Numbers in the matrices of every tensor, in the order of their first use."""
-        self.others: set[str] = set()
-        """Tensors whose matrices another pass gathers."""
+        self.block: set[str] = set()
+        """Tensors whose matrices this pass gathers; the first one also those that the scout did not see."""
+        self.is_first = True
         self.n_floats = self.n_now = 0
         self.scouting = False
         self.weights = [] if task.classifies else _weights(model, task, batches[0])
@@ -168,11 +169,11 @@ class _Calibration:
         terms: dict[str, list[Kronecker | Diagonal]] = {path: [] for path in self.leaves}
         blocks = self._blocks()
         for number, block in enumerate(blocks):
-            self.others = set(self.sizes) - block
+            self.block, self.is_first = block, number == 0
             self._pass(twin, number, len(blocks), progress)
             for path, found in self._terms().items():
-                terms[path] += found if len(blocks) == 1 else [aside(term, self.folder) for term in found]
-            if number == 0:  # all but matrices is known
+                terms[path] += found if len(blocks) == 1 else (aside(term, self.folder) for term in found)
+            if self.is_first:  # all but matrices is known
                 feeling = [leaf.requires_grad_(False) for leaf in self.leaves.values() if leaf.requires_grad]
         for leaf in feeling:
             leaf.requires_grad_()
@@ -199,7 +200,7 @@ class _Calibration:
             for part in self._parts(batch):
                 self.n_now = batch_size(part)
                 self._propagate(self.task.outputs(twin, part), part)
-                if number == 0:
+                if self.is_first:
                     self._collect()
                 self.n_seen += self.n_now
                 self.n_parts += 1
@@ -299,8 +300,8 @@ class _Calibration:
             return run()
         mixed = path in self.mixed
         output = run(*_values(inputs, detach=lambda operand: mixed and operand is product.operand))
-        if not (output.requires_grad or self.scouting or path in self.others):
-            output = output.detach().requires_grad_()
+        if not (output.requires_grad or self.scouting or self._is_left(path)):
+            output = output.detach().requires_grad_().clone()  # what comes next may work in place
         if product.counts_macs:
             share = math.prod(layout.size) / self.leaves[path].numel()
             self.positions[path] = self.positions.get(path, 0.0) + product.n_positions * share
@@ -312,7 +313,7 @@ class _Calibration:
             self.matrices[path, layout] = Matrix(layout)
             return output
         rows, chosen = (self._sample(product.n_positions, layout.size[axis]) for axis in (2, 1))
-        if path in self.others:
+        if self._is_left(path):
             return output
         matrix = self.matrices.setdefault((path, layout), Matrix(layout))
         with torch.no_grad():
@@ -415,9 +416,13 @@ class _Calibration:
             self.squares.setdefault(path, Moment()).add(slope.square().flatten()[None], self.half)
         self.slopes.clear()
 
-    def _terms(self) -> dict[str, list[Kronecker | Diagonal]]:
+    def _is_left(self, path: str) -> bool:
+        """Whether another pass gathers the matrices of a tensor."""
+        return path not in self.block and (path in self.sizes or not self.is_first)
+
+    def _terms(self) -> dict[str, list[Kronecker]]:
         """What the matrices of a pass come to."""
-        terms: dict[str, list[Kronecker | Diagonal]] = {}
+        terms: dict[str, list[Kronecker]] = {}
         while self.matrices:  # one by one: they are the better part of the memory
             path, _ = key = next(iter(self.matrices))
             terms.setdefault(path, []).append(self.matrices.pop(key).term(self.n_seen, self.shrink))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pared.budget.channels import Layer
 from pared.budget.layer_latency import Call, LatencyTable, seen
 from pared.cut import CutStructure
-from pared.errors import ParedError
+from pared.errors import MissingExtra, ParedError
 from pared.graph.channels import Channels
 from pared.graph.load import Axis, Load
 from pared.measurement.latency import compare
@@ -101,6 +101,7 @@ def timed_layers(
     shares = _shares(options, graph)
     start, n_new, n_whole = time.perf_counter(), 0, 0
     found: list[Layer] = []
+    without: list[str] = []
     for path, (layer, x) in seen(model, example).items():
         sides = [Side(axis, _widths(axis, shares)) for axis in _axes(layer, graph, path)]
         moving = [side for side in sides if len(side.widths) > 1]
@@ -119,9 +120,13 @@ def timed_layers(
         n_new += not table.knows(key)
         if ms := table.get(key, partial(_time, layer, x, sides, table)):
             found.append(_timed(moving, ms))
+        else:
+            without.append(path)
     seconds = time.perf_counter() - start
     late = f", {n_whole} whole only, since the time was over" if n_whole else ""
     say(f"{len(found)} layers at the widths on offer in {table.runtime}: {n_new} measured in {seconds:.0f} s{late}, others known")
+    if without:
+        say(f"not timed, since {table.runtime} does not take them alone: {', '.join(without)}")
     return found
 
 
@@ -205,7 +210,9 @@ def _time(layer: nn.Module, x: Tensor, sides: Sequence[Side], table: LatencyTabl
         shape[channels] = n_in
         try:
             calls[number] = layer_session(alone, torch.randn(shape), table.runtime, table.threads)
-        except ParedError:
+        except MissingExtra:
+            raise
+        except ParedError:  # the runtime has no such layer
             return ()
         n_bytes += sum(4 * p.numel() for p in alone.parameters())
         if n_bytes > BYTES_AT_ONCE or number == len(points) - 1:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pared.errors import ParedError
+from pared.errors import MissingExtra, ParedError
 from pared.measurement.latency import compare
 from pared.place import apply
 from pared.runtimes import session
@@ -122,6 +122,8 @@ def _time(layer: nn.Module, x: Tensor, techniques: Sequence[Technique], table: L
         changed = apply(alone, task, list(techniques))
         pair = {"before": alone, "after": changed}
         calls = {name: session(each, table.runtime, ((x,), {}), table.threads) for name, each in pair.items()}
+    except MissingExtra:
+        raise
     except ParedError:  # what cannot be changed or exported alone is not known to be slower
         return 0.0, 0.0
     times = compare(calls, n_runs=200, seconds=SECONDS)

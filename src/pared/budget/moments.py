@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pared.budget.products import Product, Rows
-from pared.statistics import Diagonal, Kronecker, Layout
+from pared.errors import InputError
+from pared.statistics import Kronecker, Layout
 
 WIDEST = 4096
 """A matrix with a longer side is kept as its diagonal."""
@@ -114,16 +115,23 @@ class Matrix:
         return Kronecker(inputs.div_(n_examples).cpu(), gradients.div_(max(self.n_gradients, 1)).cpu(), self.layout)
 
 
-def aside(term: Kronecker | Diagonal, folder: Path | None) -> Kronecker | Diagonal:
-    """The same, with its matrices in a file that has no name and goes with them."""
+def aside(term: Kronecker, folder: Path | None) -> Kronecker:
+    """The same, with its matrices in files that have no name and go with them.
+
+    Raises:
+        InputError: there is no room for them.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            held = np.memmap(file, np.float32, "w+", shape=tuple(tensor.shape))
-        held[...] = tensor.numpy()
-        return torch.from_numpy(held)
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                tensor.contiguous().numpy().tofile(file)
+                return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=tuple(tensor.shape)))
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise InputError(f"calibration must put matrices of {tensor.nbytes / 1e6:.0f} MB aside in {where}: {error}") from error
 
-    return replace(term, inputs=moved(term.inputs), gradients=moved(term.gradients)) if isinstance(term, Kronecker) else term
+    return replace(term, inputs=moved(term.inputs), gradients=moved(term.gradients))
 
 
 def _outer(rows: Tensor, side: int) -> Tensor:
@@ -131,15 +139,14 @@ def _outer(rows: Tensor, side: int) -> Tensor:
     return rows.square().sum(1) if is_wide(side) else rows.transpose(1, 2) @ rows
 
 
-def rescaled(terms: list[Kronecker | Diagonal], energy: float) -> list[Kronecker | Diagonal]:
+def rescaled(terms: list[Kronecker], energy: float) -> list[Kronecker]:
     """The same curvature with the trace that was seen: E |sum over positions of g x^T|^2.
 
     G and A alone leave out that gradients of neighbouring positions agree, which matters where a weight is used many
     times over (the hidden-to-hidden weights of a recurrent layer are out by a factor of five without it).
     """
-    products = [term for term in terms if isinstance(term, Kronecker)]
-    trace = sum(term.trace() for term in products)
+    trace = sum(term.trace() for term in terms)
     if not (trace > 0 and energy > 0 and math.isfinite(energy)):
         return terms
     factor = energy / trace
-    return [replace(t, gradients=t.gradients.mul_(factor)) if isinstance(t, Kronecker) else t for t in terms]
+    return [replace(term, gradients=term.gradients.mul_(factor)) for term in terms]

@@ -65,8 +65,8 @@ class Rounding:
             scale = scale * stretch.exp()
         if not self.per_token:
             return through_integers(value, scale, zero_point, self.bits)
-        reach = value.detach().abs().amax(-1, keepdim=True).clamp_min(TINY)
-        return through_integers(value / reach, scale, zero_point, self.bits) * reach
+        reach = value.detach().abs().amax(-1, keepdim=True).float().clamp_min(TINY)
+        return (through_integers(value / reach, scale, zero_point, self.bits) * reach).to(value.dtype)
 
 
 class Activations(Technique):
@@ -80,7 +80,7 @@ class Activations(Technique):
     unsigned, which integer kernels on CPUs prefer. Weights are another technique's affair (`quantize.integer`).
 
     With `range: per_token` (dynamic quantization) every vector of features that a linear layer reads is rounded in units of its
-    own largest magnitude, found as the network runs: s = max |x| / (2**(k-1) - 1), z = 2**(k-1). That needs no calibration, and
+    own largest magnitude, found as the network runs: s = max |x| / (2**(k-1) - 1), z = 2**(k-1). No range is calibrated, and
     outliers of one token cost the others nothing. Convolutions stay in floating point.
 
     With `places: products` only what convolutions and linear layers read is rounded: the least that lets them compute with
@@ -359,7 +359,8 @@ class Placement:
         found: dict[Port, None] = {}
         for value, readers in reading.items():
             for port, seen_by in sorted(self.flow.ports.get(value, ()), key=lambda pair: -len(pair[1])):
-                if seen_by and seen_by <= readers:
+                is_seen = port.side == "output" and value in self.flow.results
+                if seen_by and seen_by <= readers and not is_seen:
                     found[port] = None
                     readers -= seen_by
         return list(found)

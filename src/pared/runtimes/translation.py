@@ -151,9 +151,11 @@ def _scale_after(model: Any, node: Any) -> None:
     if scaled is None or scaled.op_type != "Mul":
         return
     rows, factors = scaled.inputs
-    made = factors.producer()
-    is_per_row = made is not None and made.op_type in ("Max", "Clip") and rows.producer() is not None
-    if not is_per_row or rows.producer().op_type != "DequantizeLinear":
+    made = rows.producer()
+    if made is None or made.op_type != "DequantizeLinear" or not _is_reach(factors):
+        return
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    if any(node.attributes[name].value != usual for name, usual in plain.items() if name in node.attributes):
         return
     product = ir.node("MatMul", [rows, node.inputs[1]])
     if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
@@ -164,6 +166,20 @@ def _scale_after(model: Any, node: Any) -> None:
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]]))
     _replace(model, node, nodes)
+
+
+def _is_reach(value: Any) -> bool:
+    """Whether it is the largest magnitude along the last axis, which is kept, of something."""
+    for kinds in (("Max", "Clip"), ("ReduceMax",), ("Abs",)):
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type not in kinds:
+            return False
+        if node.op_type == "ReduceMax":
+            axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
+            if axes is None or axes.tolist() != [-1] or not node.attributes.get_int("keepdims", 1):
+                return False
+        value = node.inputs[0]
+    return True
 
 
 def _gather(model: Any, node: Any) -> None:

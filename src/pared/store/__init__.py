@@ -60,7 +60,7 @@ def encode(values: np.ndarray, prefer: str = "smallest") -> tuple[str, bytes | m
     values = _native(values)
     if values.size == 0:
         return ("raw" if prefer in ("smallest", "fastest") else _known(prefer)), b""
-    symbols = Symbols.of(values)
+    symbols = Symbols.of(values, judge=prefer in ("smallest", "fastest"))
     if prefer not in ("smallest", "fastest"):
         payload = _coders()[_known(prefer)].encode(values, symbols)
         if payload is not None:
@@ -100,7 +100,7 @@ def estimate_bits(values: np.ndarray, prefer: str = "smallest") -> int:
     values = _native(values)
     if values.size == 0:
         return 0
-    estimates = _estimates(values, Symbols.of(values), prefer)
+    estimates = _estimates(values, Symbols.of(values, judge=prefer in ("smallest", "fastest")), prefer)
     return math.ceil(estimates[_pick(estimates, prefer)])
 
 

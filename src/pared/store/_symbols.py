@@ -29,9 +29,9 @@ class Symbols:
         self.alphabet = len(counts)
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Symbols | None:
-        """None when the values are not integers, are none at all, span more than 65,536 values, or are like noise."""
-        if values.dtype.kind not in "iub" or values.size == 0 or _is_noise(values):
+    def of(cls, values: np.ndarray, judge: bool = True) -> Symbols | None:
+        """None when the values are not integers, are none at all, span more than 65,536 values, or are judged to be noise."""
+        if values.dtype.kind not in "iub" or values.size == 0 or (judge and _is_noise(values)):
             return None
         if values.dtype.itemsize <= 2:
             raw = _as_unsigned(values)

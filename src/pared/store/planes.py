@@ -1,9 +1,9 @@
 """Numbers of two bytes or more as planes of bytes, each coded or left raw. Bit-exact.
 
 Floats are first turned left by one bit, so that the highest byte is the exponent (float32, bfloat16) and the sign joins
-the incompressible low bits; for small tensors of uint16, which may hold bfloat16, that is chosen by size. Integers that
-span more than 65,536 values end up here too. The planes of small tensors are coded by rANS, those of large ones block by
-block.
+the incompressible low bits; for small tensors of uint16, which may hold bfloat16, that is chosen by size, and large tensors
+of all types are turned. Integers that span more than 65,536 values end up here too. The planes of small tensors are coded by
+rANS, those of large ones block by block.
 
 Paper   the split is that of Zhang et al. 2025, arXiv:2504.11651.
 """
