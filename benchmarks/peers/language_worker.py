@@ -29,7 +29,7 @@ def auto_round(folder, windows, setting):
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(8)]
     peer = AutoRound(
         model, AutoTokenizer.from_pretrained(folder), bits=BITS, group_size=setting["group"], sym=setting["sym"],
-        dataset=batches, nsamples=len(windows), seqlen=windows.shape[1], batch_size=8, device_map="cpu",
+        dataset=batches, nsamples=len(windows), seqlen=windows.shape[1], batch_size=setting.get("batch", 8), device_map="cpu",
         iters=setting.get("iters", 200), lr=setting.get("lr"), enable_torch_compile=setting.get("compile", True),
     )  # fmt: skip
     quantized, _ = peer.quantize()
