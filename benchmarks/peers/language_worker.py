@@ -25,11 +25,12 @@ def auto_round(folder, windows, setting):
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    size = setting.get("batch", 8)  # it wants the data in batches of just that many
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(8)]
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(size)]
     peer = AutoRound(
         model, AutoTokenizer.from_pretrained(folder), bits=BITS, group_size=setting["group"], sym=setting["sym"],
-        dataset=batches, nsamples=len(windows), seqlen=windows.shape[1], batch_size=setting.get("batch", 8), device_map="cpu",
+        dataset=batches, nsamples=len(windows), seqlen=windows.shape[1], batch_size=size, device_map="cpu",
         iters=setting.get("iters", 200), lr=setting.get("lr"), enable_torch_compile=setting.get("compile", True),
     )  # fmt: skip
     quantized, _ = peer.quantize()
