@@ -9,6 +9,12 @@ off it by scalings that leave the function as it is: gains of norms against the 
 `v_proj` against columns of `down_proj` and `o_proj`, each factor drawn between 1/sqrt(2) and sqrt(2). The embedding, which is
 also the head, stays as it is, and bits are those of the linear layers within the blocks, as the file's coder writes them.
 Figures go to benchmarks/results/language.json, a line for each way as it is done; what is there is not done again.
+
+    ... --work FOLDER --peer auto-round=PYTHON --peer gptqmodel=PYTHON
+
+also lets other packages quantize the same model with the same windows: PYTHON is the interpreter of an environment that has
+the package, peers/language_worker.py runs in it, and what it makes stays in FOLDER. Their bits are 4, and 20 for the scale and
+the zero point of every group. They see whole windows, the last token of which pared does not.
 """
 
 from __future__ import annotations
@@ -17,7 +23,9 @@ import argparse
 import gzip
 import json
 import math
+import os
 import resource
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +42,8 @@ from pared.sources.torchvision_schemas import declare_missing_schemas
 from pared.statistics import Statistics
 from pared.technique import Technique
 
-RESULTS = Path(__file__).resolve().parent / "results" / "language.json"
+ROOT = Path(__file__).resolve().parent
+RESULTS, WORKER = ROOT / "results" / "language.json", ROOT / "peers" / "language_worker.py"
 WAYS: dict[str, Technique | None] = {
     "original": None,
     "int4, groups of 32, nearest": Integer(bits=4, group=32),
@@ -42,8 +51,14 @@ WAYS: dict[str, Technique | None] = {
     "int4, groups of 32, compensated": Integer(bits=4, group=32, rounding="compensated"),
     "int4, groups of 128, nearest": Integer(bits=4, group=128),
     "int4, groups of 128, compensated": Integer(bits=4, group=128, rounding="compensated"),
-    **{f"rate-distortion, slope {slope:g}": RateDistortion(slope=slope) for slope in (1e-9, 3e-9, 1e-8)},
+    **{f"rate-distortion, slope {slope:g}": RateDistortion(slope=slope) for slope in (1.6e-10, 3e-10, 1e-9, 3e-9, 1e-8)},
 }
+PEERS: dict[str, dict[str, Any]] = {
+    "gptqmodel": {"sym": False, "desc_act": True},
+    # its light preset with half the batch: 200 iterations, its default, take over an hour of one core
+    "auto-round": {"sym": False, "iters": 50, "lr": 5e-3, "batch": 4, "compile": False},
+}
+GROUPS = 32, 128
 
 
 def texts(paths: list[Path]) -> str:
@@ -106,6 +121,45 @@ def coded(model: nn.Module, technique: Technique, statistics: Statistics) -> tup
     return twin, bits / n_weights
 
 
+def plain_bits(technique: Technique | None) -> float | None:
+    """Bits per weight where codes are stored as they are."""
+    if isinstance(technique, Integer):
+        return technique.bits + 16 / int(technique.group)
+    return technique.bits + 32 / int(technique.group) if isinstance(technique, Hqq) else None
+
+
+def write(model: Any, tokenizer: Any, windows: Tensor, folder: Path) -> None:
+    """What a peer gets to see: the model and what calibrates it."""
+    from safetensors.torch import save_file
+
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    twin = type(model)(type(model.config).from_dict(config))
+    twin.load_state_dict(model.state_dict())
+    twin.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file({"windows": windows.clone()}, folder / "windows.safetensors")
+
+
+def quantized_by(peer: str, python: str, group: int, model: nn.Module, work: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy whose linear layers hold what the peer makes of them, and what it says about itself."""
+    from safetensors.torch import load_file
+
+    setting = {"group": group, **PEERS[peer]}
+    weights, said = work / f"{peer}-{group}.safetensors", work / f"{peer}-{group}.json"
+    if not said.exists():
+        command = [python, str(WORKER), peer, str(work / "model"), str(weights), json.dumps(setting)]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **threads})
+        said.write_text(ran.stdout.splitlines()[-1])
+    twin, tensors = duplicate(model), load_file(weights)
+    names = {f"{path}.weight" for path, m in twin.named_modules() if isinstance(m, nn.Linear) and path.startswith("model.layers.")}
+    if set(tensors) != names:
+        raise ValueError(f"{peer} must give every linear layer, missing or unknown: {sorted(set(tensors) ^ names)}")
+    twin.load_state_dict(tensors, strict=False)
+    return twin, {**json.loads(said.read_text()), **setting}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
@@ -113,10 +167,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--calibration", type=int, default=32, help="windows that calibrate")
     parser.add_argument("--test", type=int, default=40, help="windows that test")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=GROUPS, help="of the peers")
+    parser.add_argument("--work", type=Path, help="where peers find the model and leave what they make of it")
     parser.add_argument("--statistics", type=Path, help="keep the calibration statistics in this file, or take them from it")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
+    if given.peer and given.work is None:
+        parser.error("--peer needs --work FOLDER")
     torch.set_num_threads(given.threads)
     declare_missing_schemas()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,10 +210,25 @@ def main() -> None:
         if technique is not None:
             network, bits = coded(model, technique, statistics)
         seconds = time.perf_counter() - start
-        results["ways"][way] = {"perplexity": perplexity(network, test), "bits_per_weight": bits, "seconds": round(seconds)}
-        results["peak_bytes"] = max(results.get("peak_bytes", 0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        print(way, json.dumps(results["ways"][way]), flush=True)
+        row = {"perplexity": perplexity(network, test), "bits_per_weight": bits, "plain_bits": plain_bits(technique)}
+        keep(results, way, {**row, "seconds": round(seconds)})
+    for peer, python in (one.split("=", 1) for one in given.peer):
+        if not (given.work / "model").exists():
+            write(model, tokenizer, chosen, given.work / "model")
+        for group in given.groups:
+            way = f"int4, groups of {group}, {peer}"
+            if way in results["ways"]:
+                continue
+            network, said = quantized_by(peer, python, group, model, given.work)
+            bits = 4 + 20 / group
+            keep(results, way, {"perplexity": perplexity(network, test), "bits_per_weight": bits, "plain_bits": bits, **said})
+
+
+def keep(results: dict[str, Any], way: str, row: dict[str, Any]) -> None:
+    results["ways"][way] = row
+    results["peak_bytes"] = max(results.get("peak_bytes", 0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(way, json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

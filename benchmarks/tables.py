@@ -120,12 +120,21 @@ def efficientnet(found: Any) -> list[tuple[str, str]]:
 
 
 def language(found: Any) -> list[tuple[str, str]]:
-    """The language model, each way of coding its linear layers."""
+    """The language model, each way of coding its linear layers; peers by themselves."""
     base = found["ways"]["original"]["perplexity"]
-    told = [f"{way}: {one['perplexity']:.2f} at {one['bits_per_weight']:.2f} bits" for way, one in found["ways"].items()
-            if one["bits_per_weight"] is not None]  # fmt: skip
+    ways, peers = [], []
+    for way, one in found["ways"].items():
+        if one["bits_per_weight"] is None:
+            continue
+        figures = f"{one['perplexity']:.2f} at {one['bits_per_weight']:.2f}"
+        if "version" in one:
+            how = f", {one['iters']} iterations, batches of {one['batch']}" if "iters" in one else ""
+            peers.append(f"{way} {one['version']}{how}: {figures}")
+        else:
+            ways.append(f"{way}: {figures}" + (f" ({one['plain_bits']:.3g} uncoded)" if one["plain_bits"] else ""))
     title = f"{found['model'].partition('-Instruct')[0]}, prose, perplexity (original {base:.2f}) and bits per linear weight"
-    return [(title, "; ".join(told))]
+    rows = [(f"{title}, coded", "; ".join(ways))]
+    return rows + [(f"{title}, other packages, same model and windows", "; ".join(peers))] if peers else rows
 
 
 def kill(found: Any) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import pared
 from pared.budget.observe import observe
 from pared.errors import RecipeError
 from pared.place import everywhere, relax_, settle_
-from pared.quantize.integer import Integer, Stepped
+from pared.quantize.integer import Integer, Stepped, _fitted, _only_use
 from pared.recipe import load
 from pared.site import Site, install_
 from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics
@@ -234,6 +234,46 @@ def test_learned_rounding_halves_the_damage_of_the_nearest(name: str) -> None:
     found = damages(name, 3)
     assert found["learned"] < 0.5 * found["nearest"], found
     assert found["learned"] < 1.5 * found["compensated"], found
+
+
+def crossed(m: int, n: int) -> Curvature:
+    """A random matrix's, both sides of which hang together."""
+    sides = [torch.randn(1, size, 2 * size) for size in (n, m)]
+    return Curvature(torch.Size((m, n)), [Kronecker(*(x @ x.mT / x.shape[2] for x in sides), Layout((1, m, n), (m * n, n, 1)))])
+
+
+def test_compensated_rounding_finds_nearly_the_best_of_all_codes() -> None:
+    shares = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        module, curvature = nn.Linear(4, 2, bias=False), crossed(2, 4)
+        site, value = Site.of(module, "weight"), module.weight.detach()
+        technique = Integer(bits=2, group=4, rounding="compensated")
+        statistics = Statistics({site.covers[0]: curvature})
+        parts = technique.solve(site, statistics)[1]
+        scale = parts.spread().detach()
+        every = torch.cartesian_prod(*[torch.arange(-2.0, 2.0)] * 8).reshape(-1, 2, 4)
+        use = curvature.terms[0]
+        errors = every * scale - value
+        damage = 0.5 * (use.gradients[0] @ errors @ use.inputs[0] * errors).sum((1, 2))
+        shares.append(curvature.damage(parts().detach() - value) / float(damage.min()))
+    assert max(shares) < 2 and sorted(shares)[2] < 1.2, shares
+
+
+def test_scales_are_fitted_to_the_codes_as_exactly_as_by_solving_for_them() -> None:
+    torch.manual_seed(0)
+    value, curvature = torch.randn(6, 8), crossed(6, 8)
+    use = _only_use(curvature)
+    assert use is not None
+    owners = torch.arange(12).reshape(6, 2).repeat_interleave(4, 1)
+    codes, start = (value / 0.4).round(), torch.full((12,), 0.4)
+    per_scale = torch.zeros(12, 6, 8).scatter_(0, owners[None], codes[None])  # the matrix that each scale multiplies
+    slopes = use.gradients[0] @ per_scale @ use.inputs[0]
+    hessian = torch.einsum("kij,lij->kl", slopes, per_scale)
+    best = torch.linalg.solve(hessian, (slopes * value).sum((1, 2)))
+    fitted = _fitted(use, codes, value, start, owners)
+    found, least, first = (float(use.quadratic(codes * scale[owners] - value)) for scale in (fitted, best, start))
+    assert found - least < 0.05 * (first - least), (found, least, first)
 
 
 def test_learned_rounding_finds_nearly_the_best_of_all_roundings() -> None:
