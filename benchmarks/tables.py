@@ -209,6 +209,23 @@ def integers(found: Any) -> list[tuple[str, str]]:
     ]
 
 
+def determinism(found: Any) -> list[tuple[str, str]]:
+    def words(versions: Any) -> str:
+        return ", ".join(f"{name} {versions[name]}" for name in ("python", "numpy", "numba"))
+
+    rows = [(
+        "The same file from two runs",
+        f"{found['files'] - len(found['files_that_differ_in_a_second_run'])} of {found['files']} files, with and without training",
+    )]  # fmt: skip
+    for other in found["others"]:
+        files, payloads = (len(other[key]) for key in ("files_that_differ", "payloads_that_differ"))
+        what = f"Decoded with {words(other['versions'])} as with {words(found['versions'])}"
+        same = f"{found['files'] - files} of {found['files']} files ({found['tensors']} tensors), bit for bit"
+        written = f"{found['payloads'] - payloads} of {found['payloads']} payloads of the coders are written the same"
+        rows.append((what, f"{same}; {written}"))
+    return rows
+
+
 LOSSLESS_STEPS = ("coder_encode_s", "coder_decode_s", "file_encode_s", "file_decode_s")
 
 
@@ -325,6 +342,7 @@ SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "codec-minilm": codec("MiniLM, docstrings"),
     "codec-integers": integers,
     "lossless": lossless,
+    "determinism": determinism,
 }
 
 
