@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,16 @@ def pruned_by(recipe: Any, original: nn.Module, task: pared.Task, share: str, ep
 
 
 def rethink(
-    pruned: nn.Module, original: nn.Module, task: pared.Task, *, epochs: int, seeds: list[int], say: Any = print
-) -> list[dict[str, Any]]:
+    pruned: nn.Module, original: nn.Module, task: pared.Task, *, epochs: int, seeds: list[int],
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row for the pruned network, and one for each seed of Scratch-E and Scratch-B.
 
     Args:
         pruned: fine-tuned already.
         epochs: of Scratch-E; Scratch-B gets so many times macs(original) / macs(pruned), rounded.
         seeds: of the random weights and the order of the data.
+        keep: called with all rows so far after each.
     """
     reference = evaluate(original.eval(), task, task.test, reference=original)
     ratio = macs_of(original, task) / macs_of(pruned, task)
@@ -75,7 +78,8 @@ def rethink(
                 "drop_pp": lost.value, "low": lost.low, "high": lost.high, "seconds": round(seconds, 1),
             }
         )  # fmt: skip
-        say(json.dumps(rows[-1]))
+        print(json.dumps(rows[-1]), flush=True)
+        keep(rows)
 
     add("fine-tuned", pruned, None, None, 0.0)
     for seed in seeds:
@@ -125,15 +129,19 @@ def main() -> None:
         else:
             pruned = pruned_by(given.recipe or RECIPE, original, task, given.macs, given.epochs, given.seeds[0])
         epochs = given.scratch_epochs + (given.epochs if given.count_tuning else 0)
-        rows = rethink(pruned, original, task, epochs=epochs, seeds=given.seeds, say=lambda line: print(line, flush=True))
+        accuracy = evaluate(original, task, task.test, reference=original).value
+        facts_ = {
+            "model": Path(given.model).name, "data": given.data, "pruned": given.pruned.name if given.pruned else None,
+            "recipe": given.recipe or RECIPE, "macs": given.macs, "epochs": given.epochs, "scratch_epochs": epochs,
+            "accuracy": accuracy,
+        }  # fmt: skip
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            given.out.write_text(json.dumps({**facts_, "runs": rows}, indent=1) + "\n")
+
+        rows = rethink(pruned, original, task, epochs=epochs, seeds=given.seeds, keep=keep)
     except ParedError as error:
         sys.exit(f"rethinking: {error}")
-    accuracy = evaluate(original, task, task.test, reference=original).value
-    facts_ = {
-        "model": Path(given.model).name, "data": given.data, "pruned": given.pruned.name if given.pruned else None,
-        "recipe": given.recipe or RECIPE, "macs": given.macs, "epochs": given.epochs, "scratch_epochs": epochs,
-    }  # fmt: skip
-    given.out.write_text(json.dumps({**facts_, "accuracy": accuracy, "runs": rows}, indent=1) + "\n")
     print(table(rows, accuracy))
 
 
