@@ -259,7 +259,8 @@ def channels(found: Any) -> list[tuple[str, str]]:
     for (epochs, share), methods in sorted(cases.items()):
         how = f"{epochs} epochs of recovery" if epochs else "no fine-tuning"
         n = max(len(drops) for drops in methods.values())
-        told = [f"{name} loses {sum(drops) / len(drops):.2f} points" for name, drops in methods.items()]
+        means = {name: sum(drops) / len(drops) for name, drops in methods.items()}
+        told = [f"{name} {'gains' if mean < 0 else 'loses'} {abs(mean):.2f} points" for name, mean in means.items()]
         title = f"Channels of the small residual network, {share:g}x fewer MACs, {how}, {n} seed{'s' * (n > 1)}"
         rows.append((title, "; ".join(told)))
     for net, timed in found.get("latency", {}).items():
