@@ -325,3 +325,11 @@ def test_a_tied_tensor_is_kept_by_any_of_its_names():
     net.head.weight = net.embed.weight
     (site,) = Integer(keep="head").sites(net)
     assert Integer(keep="head").refuse(site) is not None and Integer(keep="other").refuse(site) is None
+
+
+@pytest.mark.parametrize("rounding", ["compensated", "learned"])
+def test_a_layer_that_neither_sees_nor_gives_anything_is_rounded_all_the_same(rounding: str) -> None:
+    weight, nothing = torch.randn(6, 8), Kronecker(torch.zeros(1, 8, 8), torch.zeros(1, 6, 6), Layout((1, 6, 8), (48, 8, 1)))
+    statistics = Statistics({"weight": Curvature(weight.shape, [nothing])})
+    _, parts = Integer(bits=4, rounding=rounding).solve(site_of(weight), statistics)
+    assert float((parts() - weight).abs().max()) < float(weight.abs().max())

@@ -220,6 +220,3 @@ def _time(layer: nn.Module, x: Tensor, sides: Sequence[Side], table: LatencyTabl
             found += [times[k].p10 for k in calls]  # what others do on the machine at the time is not the layer's
             calls, n_bytes = {}, 0
     return tuple(found)
-
-
-__all__ = ["Side", "Timed", "timed_layers", "width"]

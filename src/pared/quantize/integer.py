@@ -424,10 +424,11 @@ def _set_columns(codes, steps, error, slopes, a, g, low, high):  # fmt: skip
             for i in range(m):
                 slope[i] += moved[k, i] * a[k, j]
         for i in range(m):
-            if steps[i, j] == 0:
+            bend = g[i, i] * a[j, j] * steps[i, j]
+            if bend == 0:  # nothing depends on it
                 continue
             now = slope[i] + moved[j, i] * a[j, j]
-            code = min(max(np.rint(codes[i, j] - now / (g[i, i] * a[j, j] * steps[i, j])), low), high)
+            code = min(max(np.rint(codes[i, j] - now / bend), low), high)
             if code != codes[i, j]:
                 change = (code - codes[i, j]) * steps[i, j]
                 codes[i, j] = code
