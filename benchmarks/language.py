@@ -49,8 +49,10 @@ WAYS: dict[str, Technique | None] = {
     "int4, groups of 32, nearest": Integer(bits=4, group=32),
     "int4, groups of 32, hqq": Hqq(bits=4, group=32),
     "int4, groups of 32, compensated": Integer(bits=4, group=32, rounding="compensated"),
+    "int4, groups of 32, affine, compensated": Integer(bits=4, group=32, scheme="affine", rounding="compensated"),
     "int4, groups of 128, nearest": Integer(bits=4, group=128),
     "int4, groups of 128, compensated": Integer(bits=4, group=128, rounding="compensated"),
+    "int4, groups of 128, affine, compensated": Integer(bits=4, group=128, scheme="affine", rounding="compensated"),
     **{f"rate-distortion, slope {slope:g}": RateDistortion(slope=slope) for slope in (1.6e-10, 3e-10, 1e-9, 3e-9, 1e-8)},
 }
 PEERS: dict[str, dict[str, Any]] = {
@@ -124,7 +126,7 @@ def coded(model: nn.Module, technique: Technique, statistics: Statistics) -> tup
 def plain_bits(technique: Technique | None) -> float | None:
     """Bits per weight where codes are stored as they are."""
     if isinstance(technique, Integer):
-        return technique.bits + 16 / int(technique.group)
+        return technique.bits + (16 + technique.bits * (technique.scheme == "affine")) / int(technique.group)
     return technique.bits + 32 / int(technique.group) if isinstance(technique, Hqq) else None
 
 

@@ -80,16 +80,21 @@ class Dequantized(nn.Module):
         codes: int8, of the tensor's shape.
         scale: one, (n,) along `axis`, or one for `group` codes in a row along `axis`.
         bits: that the codes need; 4 or fewer may be stored as half bytes.
+        zero: int8, of the scale's shape; None for zeros.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, axis: int = 0, group: int = 0, bits: int = 8) -> None:
+    def __init__(
+        self, codes: Tensor, scale: Tensor, axis: int = 0, group: int = 0, bits: int = 8, zero: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.axis, self.group, self.bits = axis, group, bits
         self.register_buffer("codes", codes.detach().clone())
         self.register_buffer("scale", scale.detach().to(torch.float32).clone())
+        self.register_buffer("zero", None if zero is None else zero.detach().clone())
 
     def forward(self) -> Tensor:
-        return dequantize(cast(Tensor, self.codes), cast(Tensor, self.scale), None, self.axis, self.group, self.bits)
+        zero = cast("Tensor | None", self.zero)
+        return dequantize(cast(Tensor, self.codes), cast(Tensor, self.scale), zero, self.axis, self.group, self.bits)
 
 
 class LookedUp(nn.Module):

@@ -19,7 +19,11 @@ from pared.task import Task
 from pared.testing import Case, cases, net
 from pared.train import train
 
-OTHERS = Integer(bits=4, group=16), Integer(bits=6, group="tensor"), Integer(bits=3, rounding="learned")
+OTHERS = (
+    Integer(bits=4, group=16), Integer(bits=6, group="tensor"), Integer(bits=3, rounding="learned"),
+    Integer(bits=4, group=16, scheme="affine"), Integer(bits=8, group="tensor", scheme="affine"),
+    Integer(bits=3, scheme="affine", steps="learned"), Integer(bits=3, scheme="affine", rounding="compensated"),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", cases(*OTHERS), ids=str)
@@ -85,6 +89,32 @@ def test_the_longer_tail_gets_the_longer_half_of_the_range() -> None:
     assert float(squared_error(-weight, bits=2).max()) == 0
 
 
+def test_zero_points_are_within_a_tenth_of_brute_force_and_exact_on_the_grid() -> None:
+    rows = torch.randn(40, 32) + torch.randn(40, 1)
+    best = torch.full((40,), torch.inf)
+    for zero in range(-8, 8):
+        for scale in torch.linspace(0.05, 0.7, 400).tolist():
+            q = (rows / scale).round().clamp(-8 - zero, 7 - zero)
+            best = torch.minimum(best, ((rows - scale * q) ** 2).sum(1))
+    found = squared_error(rows, bits=4, scheme="affine").sum()
+    assert float(found) <= 1.1 * float(best.sum())
+    assert float(found) < 0.7 * float(squared_error(rows, bits=4).sum())
+    grid = torch.randint(-3, 13, (8, 64)).float()
+    grid[:, :2] = torch.tensor([-3.0, 12.0])
+    assert float(squared_error(grid * 0.25, bits=4, scheme="affine").max()) == 0
+
+
+def test_zero_points_help_as_much_where_rounding_is_compensated() -> None:
+    trained = net("perceptron")
+    found = {}
+    for scheme in ("symmetric", "affine"):
+        technique = Integer(bits=4, group=16, tensors="matrices", rounding="compensated", scheme=scheme)
+        sites = [site for site in technique.sites(trained.copy()) if technique.refuse(site) is None]
+        statistics = trained.statistics()
+        found[scheme] = sum(technique.damage(s, technique.solve(s, statistics)[1], statistics) or 0.0 for s in sites)
+    assert found["affine"] < 0.9 * found["symmetric"], found
+
+
 def test_curvature_decides_which_weights_are_exact() -> None:
     weight = torch.tensor([[1.0, 0.37, -0.9, 0.61] * 4])
     hessian = torch.where(weight == 0.37, 1000.0, 1e-3)
@@ -145,11 +175,16 @@ def test_codes_out_of_range_are_named() -> None:
     parts.codes[0, 0] = 4
     with pytest.raises(ValueError, match=r"codes must lie in \[-4, 3\], found"):
         parts.check()
+    _, parts = Integer(bits=3, scheme="affine").solve(site_of(torch.randn(8, 8)), Statistics())
+    parts.zero[0, 0] = -5
+    with pytest.raises(ValueError, match=r"zero must lie in \[-4, 3\], found"):
+        parts.check()
 
 
 def test_cost_without_parts_is_codes_and_scales() -> None:
     weight = torch.randn(32, 64)
     assert Integer(bits=4, group=16).cost(site_of(weight)).stored_bits == 32 * 64 * 4 + 16 * 32 * 4
+    assert Integer(bits=4, group=16, scheme="affine").cost(site_of(weight)).stored_bits == 32 * 64 * 4 + (16 + 4) * 32 * 4
 
 
 def relaxed(technique: Integer, weight: torch.Tensor) -> Stepped:

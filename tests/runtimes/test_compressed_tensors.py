@@ -73,4 +73,7 @@ def test_what_is_no_model_of_transformers_or_holds_no_integers_is_one_line(langu
         pared.export(torch.nn.Linear(2, 2), tmp_path / "folder", to="compressed-tensors", example=torch.zeros(1, 2))
     with pytest.raises(InputError, match=r"need linear layers with integer weights, found none; use quantize\.integer"):
         pared.export(model, tmp_path / "folder", to="compressed-tensors", example=task.example(model))
+    affine = pared.apply(model, task, quantize.Integer(bits=4, group=32, tensors="matrices", scheme="affine"))
+    with pytest.raises(InputError, match=r"reads no zero points of .*, but model\.layers\.0\..*; take scheme: symmetric"):
+        pared.export(affine, tmp_path / "folder", to="compressed-tensors")
     assert not (tmp_path / "folder").exists()

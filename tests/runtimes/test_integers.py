@@ -55,6 +55,25 @@ def test_groups_of_four_bits_are_stored_as_half_bytes(tmp_path):
     np.testing.assert_allclose(pared.run(tmp_path / "net.onnx", x.numpy()), small(x).detach(), atol=1e-3)
 
 
+@pytest.mark.parametrize("activations", [False, True])
+@pytest.mark.parametrize("settings", [{"bits": 4, "group": 32}, {"bits": 8}, {"bits": 8, "group": "tensor"}], ids=str)
+def test_zero_points_of_weights_reach_the_runtime(settings, activations, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 64)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight += layer.weight.std()
+    x = torch.randn(3, 2, 6, 6)
+    small = pared.apply(model, None, quantize.Integer(tensors="matrices", scheme="affine", **settings))
+    if activations:
+        data = [(x, torch.zeros(3, dtype=torch.long))]
+        small = pared.apply(small, pared.Task(data, data), quantize.Activations())
+    pared.export(small, tmp_path / "net.onnx", example=x)
+    held = initializers(tmp_path / "net.onnx")
+    assert not any(array.dtype == np.float32 and array.size >= 1024 for array in held.values())
+    np.testing.assert_allclose(pared.run(tmp_path / "net.onnx", x.numpy()), small(x).detach(), atol=2e-2 if activations else 1e-3)
+
+
 def test_a_codebook_is_a_table_and_indices(model, tmp_path):
     x = torch.randn(2, 1, 6, 6)
     small = pared.apply(model, None, quantize.Codebook(bits=4))

@@ -44,9 +44,11 @@ class IntegerStructure(Structure):
 
 
 class IntegerDecoder(nn.Module):
-    """weight = scale * codes; codes (any shape) int8, scale (rows, groups)."""
+    """weight = scale * (codes - zero); codes (any shape) int8, scale (rows, groups), zero (rows, groups) int8 if it is affine."""
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, axis: int, bits: int, group: int, scales: FloatName) -> None:
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, axis: int, bits: int, group: int, scales: FloatName, affine: bool = False
+    ) -> None:
         super().__init__()
         self.shape, self.dtype, self.axis, self.bits, self.group = shape, dtype, axis, bits, group
         rows, columns = _rows(shape, axis)
@@ -54,28 +56,51 @@ class IntegerDecoder(nn.Module):
         self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8))
         self.scale = nn.Parameter(torch.zeros(rows, n_groups, dtype=getattr(torch, scales)))
         self.code_bits = {"codes": bits}
+        if affine:
+            self.register_buffer("zero", torch.zeros(rows, n_groups, dtype=torch.int8))
+            self.code_bits["zero"] = bits
 
     def spread(self) -> Tensor:
         """The scale of every element, (rows, columns)."""
         columns = _rows(self.shape, self.axis)[1]
         return self.scale.to(torch.float32).repeat_interleave(self.group, 1)[:, :columns]
 
+    def over(self, part: Tensor) -> Tensor:
+        """What each group has, (rows, groups), as every element has it: of the tensor's shape."""
+        if part.numel() == 1:
+            return part.reshape(()).expand(self.shape)
+        columns = _rows(self.shape, self.axis)[1]
+        return from_rows(part.repeat_interleave(self.group, 1)[:, :columns], self.shape, self.axis)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest multiple of its scale that every element may be, of the tensor's shape."""
+        zero = cast(Tensor, self.zero).to(torch.float32) if "zero" in self.code_bits else torch.zeros_like(self.scale[:1, :1])
+        return self.over(-(2 ** (self.bits - 1)) - zero), self.over(2 ** (self.bits - 1) - 1 - zero)
+
+    def multiples(self) -> Tensor:
+        """Of its scale that every element is, as float32."""
+        codes = cast(Tensor, self.codes).to(torch.float32)
+        return codes - self.over(cast(Tensor, self.zero)) if "zero" in self.code_bits else codes
+
+    def keep_(self, multiples: Tensor) -> None:
+        """The multiples of the scales that the elements are, as codes."""
+        codes = multiples + self.over(cast(Tensor, self.zero)) if "zero" in self.code_bits else multiples
+        cast(Tensor, self.codes).copy_(codes)
+
     def forward(self) -> Tensor:
-        codes = cast(Tensor, self.codes)
-        if self.scale.numel() == 1:
-            return (codes.to(torch.float32) * self.scale.to(torch.float32).reshape(())).to(self.dtype)
-        if self.scale.shape[1] == 1:
+        multiples, scale = self.multiples(), self.scale.to(torch.float32)
+        if scale.shape[1] == 1 and scale.numel() > 1:
             shape = [1] * len(self.shape)
             shape[self.axis] = -1
-            return (codes.to(torch.float32) * self.scale.to(torch.float32).reshape(shape)).to(self.dtype)
-        rows = as_rows(codes, self.axis).to(torch.float32) * self.spread()
-        return from_rows(rows, self.shape, self.axis).to(self.dtype)
+            return (multiples * scale.reshape(shape)).to(self.dtype)
+        return (multiples * self.over(scale)).to(self.dtype)
 
     def check(self) -> None:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        codes = cast(Tensor, self.codes)
-        if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
-            raise ValueError(f"codes must lie in [{low}, {high}], found [{int(codes.min())}, {int(codes.max())}]")
+        for name in self.code_bits:
+            codes = cast(Tensor, getattr(self, name))
+            if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
+                raise ValueError(f"{name} must lie in [{low}, {high}], found [{int(codes.min())}, {int(codes.max())}]")
 
 
 class Integer(Technique):
@@ -85,7 +110,8 @@ class Integer(Technique):
 
     The scale of each group minimises the squared error, weighted by the curvature's diagonal where statistics are at
     hand: a search over clipping points, then least squares. Scales of fewer than 8 bits may be negative, so that the
-    longer half of the integer range serves the longer tail.
+    longer half of the integer range serves the longer tail. With `scheme: affine` every scale has a zero point z of its own, an
+    integer of as many bits, and w[o, i] ~ s (q - z).
 
     With `rounding: compensated` each weight's rounding error is made good by the weights that are not rounded yet, as the
     second moments of the layer's inputs tell: columns in the order of their inputs' energy, after GPTQ. Then, in turns, every
@@ -97,7 +123,7 @@ class Integer(Technique):
     minimise over a   damage(s (floor(w / s) + h) - w) / damage of the nearest + pull * mean(1 - |2 h - 1|**b)
 
     for h = clamp(1.2 sigmoid(a) - 0.1, 0, 1), b falling from 20 to 2, damage = 1/2 tr(G dW A dW^T): no data are kept for it.
-    The same turns follow. In training the weights start as they are rounded.
+    The same turns follow. In training the weights start as they are rounded, either way, and from then on take the nearest code.
 
     With `steps: learned` the scales are trained along with the weights. For v = s q of one weight w,
 
@@ -106,12 +132,12 @@ class Integer(Technique):
     for the n weights that share s. Else scales follow the weights in training.
 
     Acts on   every floating-point parameter and buffer of 8 elements or more; a tensor of one axis is one channel.
-    Stores    numel * bits + 16 * groups  [bits] before entropy coding;  MACs unchanged.
+    Stores    numel * bits + 16 * groups (affine: + bits * groups)  [bits] before entropy coding;  MACs unchanged.
     Reads     curvature, if there is one.
     Refuses   tensors that would grow.
     Paper     Jacob et al. 2018, arXiv:1712.05877; compensated rounding: Frantar et al. 2023, arXiv:2210.17323; learned
               rounding: Nagel et al. 2020, arXiv:2004.10568; learned steps: Esser et al. 2020, arXiv:1902.08153.
-    Differs   symmetric only; scales in float16 and signed; learned ones start where they fit best, not at
+    Differs   scales in float16, and signed unless affine; learned ones start where they fit best, not at
               2 mean |w| / sqrt(2**(k-1) - 1), and are trained in the logarithm. Roundings are learned from the curvature, all
               examples at once.
 
@@ -127,6 +153,9 @@ class Integer(Technique):
     ladder: ClassVar = ({"bits": 8}, {"bits": 5, "steps": "learned"}, {"bits": 3})
 
     bits: int = Field(default=8, ge=2, le=8, description="bits per weight")
+    scheme: Literal["symmetric", "affine"] = Field(
+        default="symmetric", description="zero in the middle of the range, or anywhere in it: a zero point for each scale"
+    )
     group: Annotated[int, Field(ge=2)] | Literal["tensor", "channel"] = Field(
         default="channel", description="what shares a scale: the tensor, an output channel, or so many weights of a channel"
     )
@@ -165,7 +194,8 @@ class Integer(Technique):
             rows, columns = 1, value.numel()
         if self.tensors == "matrices" and value.ndim < 2:
             return "it has one axis, and only matrices are asked for"
-        bits = value.numel() * self.bits + 16 * rows * -(-columns // group)
+        per_group = 16 + self.bits * (self.scheme == "affine")
+        bits = value.numel() * self.bits + per_group * rows * -(-columns // group)
         if bits >= value.numel() * 8 * value.element_size():
             return f"{self.bits}-bit integers with their scales would be larger than the tensor"
         return None
@@ -180,13 +210,13 @@ class Integer(Technique):
     def build(self, site: Site, structure: Structure) -> IntegerDecoder:
         value = site.tensor
         axis = channel_axis(site.owner)
-        scales = cast(IntegerStructure, structure).scales
+        scales, affine = cast(IntegerStructure, structure).scales, self.scheme == "affine"
         if self.group == "tensor":  # one row that holds everything
-            decoder = IntegerDecoder(torch.Size((value.numel(),)), value.dtype, 0, self.bits, value.numel(), scales)
+            decoder = IntegerDecoder(torch.Size((value.numel(),)), value.dtype, 0, self.bits, value.numel(), scales, affine)
             decoder.shape = value.shape
             decoder.codes = torch.zeros(value.shape, dtype=torch.int8)
             return decoder
-        return IntegerDecoder(value.shape, value.dtype, axis, self.bits, self._group(site), scales)
+        return IntegerDecoder(value.shape, value.dtype, axis, self.bits, self._group(site), scales, affine)
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         decoder = cast(IntegerDecoder, parts)
@@ -194,76 +224,79 @@ class Integer(Technique):
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         grouped, importance = _grouped(rows, decoder.group), _grouped(weights, decoder.group)
         top, bottom = grouped.amax(2), grouped.amin(2)
-        # the side that reaches further gets the longer half of the range
-        reach = torch.where(top.abs() > bottom.abs(), -top, -bottom)
-        if self.bits == 8:  # one step in 256 is not worth a sign that integer kernels do not expect
-            reach = reach.abs()
-        widest = torch.where(reach.abs() > 0, reach / -low, torch.ones_like(reach))
+        if self.scheme == "affine":
+            top, bottom = top.clamp_min(0), bottom.clamp_max(0)
+            reach = top - bottom
+            widest = reach / (high - low)
+            first = torch.where(reach > 0, low - bottom / widest, 0).round_()
+        else:
+            # the side that reaches further gets the longer half of the range
+            reach = torch.where(top.abs() > bottom.abs(), -top, -bottom)
+            if self.bits == 8:  # one step in 256 is not worth a sign that integer kernels do not expect
+                reach = reach.abs()
+            widest, first = reach / -low, torch.zeros_like(reach)
         widest = torch.where(widest == 0, torch.ones_like(widest), widest)
-        best = widest.clone()
+        best, best_zero = widest.clone(), first
         best_error = torch.full_like(widest, torch.inf)
         for shrink in torch.linspace(*_CLIPS[self.bits]).tolist():
-            scale = widest * shrink
+            scale, zero = widest * shrink, first
             for _ in range(2 if self.bits <= 4 else 1):
-                q = (grouped / scale[:, :, None]).round_().clamp_(low, high)
+                q = _nearest(grouped, scale, zero, low, high)
+                if self.scheme == "affine":
+                    zero = (zero - _offset(grouped, q, importance) / scale).round_().clamp_(low, high)
+                    q = _nearest(grouped, scale, zero, low, high)
                 weighted = importance * q
                 norm = (weighted * q).sum(2)
                 scale = torch.where(norm > 0, (weighted * grouped).sum(2) / norm.clamp_min(1e-30), scale)
             scale = _stored(scale, decoder.scale.dtype, widest)
-            q = (grouped / scale[:, :, None]).round_().clamp_(low, high)
+            q = _nearest(grouped, scale, zero, low, high)
             error = (importance * (grouped - q * scale[:, :, None]) ** 2).sum(2)
             better = error < best_error
-            best = torch.where(better, scale, best)
+            best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
             best_error = torch.where(better, error, best_error)
         decoder.scale.data.copy_(_stored(best, decoder.scale.dtype, widest))
+        if self.scheme == "affine":
+            cast(Tensor, decoder.zero).copy_(best_zero)
         self.encode(site, parts, statistics)
         curvature = statistics.curvature(site.covers[0])
         if self.rounding != "nearest" and curvature is not None:
-            numbers = torch.arange(decoder.scale.numel(), device=rows.device).reshape(decoder.scale.shape)
-            spread = numbers.repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
-            owners = spread.reshape(site.tensor.shape) if self.group == "tensor" else from_rows(spread, decoder.shape, decoder.axis)
-            _settle_scales_(decoder, curvature, site.tensor.float(), owners, low, high)
+            _settle_scales_(decoder, curvature, site.tensor.float())
 
     def encode(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
-        decoder = cast(IntegerDecoder, parts)
-        rows = self._rows(site, decoder.axis)
-        scale = decoder.scale.detach().to(torch.float32).repeat_interleave(decoder.group, 1)[:, : rows.shape[1]]
-        shape = site.tensor.shape
-        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        decoder, value = cast(IntegerDecoder, parts), site.tensor.float()
+        scale, (low, high) = decoder.over(decoder.scale.detach().to(torch.float32)), decoder.range()
         curvature = statistics.curvature(site.covers[0]) if self.rounding != "nearest" else None
-        if curvature is not None:
-            rounded = learned if self.rounding == "learned" else compensated
-            spread = scale if self.group == "tensor" else decoder.spread().detach()
-            full = spread.reshape(shape) if self.group == "tensor" else from_rows(spread, shape, decoder.axis)
-            cast(Tensor, decoder.codes).copy_(rounded(curvature, site.tensor.float(), full, low, high))
+        if curvature is None:
+            decoder.keep_((value / scale).round_().clamp_(low, high))
             return
-        codes = (rows / scale).round_().clamp_(low, high).to(torch.int8)
-        cast(Tensor, decoder.codes).copy_(codes.reshape(shape) if self.group == "tensor" else from_rows(codes, shape, decoder.axis))
+        rounded = learned if self.rounding == "learned" else compensated
+        decoder.keep_(rounded(curvature, value, scale, low, high))
 
     def relax(self, site: Site, structure: Structure, statistics: Statistics) -> nn.Module | None:
-        if self.steps == "fitted" and self.rounding != "learned":
+        if self.steps == "fitted" and self.rounding == "nearest":
             return StraightThrough(self, site, structure, statistics)
         parts = cast(IntegerDecoder, build(self, site, structure))
         self.fit(site, parts, statistics)
         if self.rounding == "nearest":
             return Stepped(site.tensor, parts)
-        rounded = Stepped(parts().detach(), parts)  # so that the nearest codes are the learned ones
+        rounded = Stepped(parts().detach(), parts)  # so that the nearest codes are those
         rounded.stretch.requires_grad_(self.steps == "learned")
         return rounded
 
     def lower(self, parts: nn.Module) -> nn.Module | None:
         decoder = cast(IntegerDecoder, parts)
         codes, scale = cast(Tensor, decoder.codes), decoder.scale.detach().to(torch.float32)
+        zero = cast(Tensor, decoder.zero) if self.scheme == "affine" else None
         n_groups = scale.shape[1]
         if codes.ndim < 2 or (n_groups > 1 and codes.ndim > 2):
             return None
         if self.bits < 8 and n_groups == 1:  # integer kernels expect scales above zero
-            spread = scale.reshape(()) if scale.numel() == 1 else from_rows(decoder.spread(), decoder.shape, decoder.axis)
-            codes, scale = torch.where(spread < 0, -codes, codes), scale.abs()
+            codes, scale = torch.where(decoder.over(scale) < 0, -codes, codes), scale.abs()
         bits = 4 if codes.numel() and int(codes.min()) >= -8 and int(codes.max()) <= 7 else 8
-        if n_groups == 1:
-            return Dequantized(codes, scale.reshape(() if scale.numel() == 1 else (-1,)), decoder.axis, bits=bits)
-        return Dequantized(codes, scale, 1, decoder.group, bits)
+        if n_groups > 1:
+            return Dequantized(codes, scale, 1, decoder.group, bits, zero)
+        shape = () if scale.numel() == 1 else (-1,)
+        return Dequantized(codes, scale.reshape(shape), decoder.axis, bits=bits, zero=None if zero is None else zero.reshape(shape))
 
     def _group(self, site: Site) -> int:
         value = site.tensor
@@ -301,46 +334,45 @@ class Stepped(nn.Module):
 
     def spread(self) -> Tensor:
         """The scale of every weight, of the weight's shape."""
-        scale, shape, parts = self.scale(), self.weight.shape, self.parts
-        if scale.numel() == 1:
-            return scale.reshape(()).expand(shape)
-        columns = _rows(shape, parts.axis)[1]
-        return from_rows(scale.repeat_interleave(parts.group, 1)[:, :columns], shape, parts.axis)
+        return self.parts.over(self.scale())
 
     def forward(self, original: Tensor | None = None) -> Tensor:
         n = self.weight.numel() / self.stretch.numel()
-        value = _Rounded.apply(self.weight.float(), self.spread(), self.parts.bits, n)
+        share = 1 / math.sqrt(n * (2 ** (self.parts.bits - 1) - 1))
+        value = _Rounded.apply(self.weight.float(), self.spread(), *self.parts.range(), share)
         return cast(Tensor, value).to(self.weight.dtype)
 
     def settle(self) -> nn.Module:
         """The parts, with the present scales and codes."""
         with torch.no_grad():
             self.parts.scale.copy_(self.scale())
-            codes = (self.weight.float() / self.spread()).round_()
-            cast(Tensor, self.parts.codes).copy_(codes.clamp_(-(2 ** (self.parts.bits - 1)), 2 ** (self.parts.bits - 1) - 1))
+            self.parts.keep_((self.weight.float() / self.spread()).round_().clamp_(*self.parts.range()))
         return self.parts
 
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, bits: int, n: float) -> Tensor:
-        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor, share: float) -> Tensor:
         scaled = weight / scale
         inside = (scaled >= low) & (scaled <= high)
         codes = scaled.round().clamp_(low, high)
         ctx.save_for_backward(inside, codes - inside * scaled)
-        ctx.share = 1 / math.sqrt(n * high)
+        ctx.share = share
         return codes * scale
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         inside, error = ctx.saved_tensors
-        return gradient * inside, gradient * error * ctx.share, None, None
+        return gradient * inside, gradient * error * ctx.share, None, None, None
 
 
-def compensated(curvature: Curvature, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Codes, of the tensor's shape, of which each makes good what those before it lost; the nearest ones where no second
-    moments of inputs are at hand, or where those predict that nothing is gained."""
+def compensated(curvature: Curvature, value: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Multiples of the scales, each makes good what those before it lost; the nearest ones where no second moments of inputs are
+    at hand, or where those predict that nothing is gained.
+
+    Args:
+        scale, low, high: of every element, of the tensor's shape; and so is what is returned.
+    """
     nearest = (value / scale).round_().clamp_(low, high)
     codes = nearest.flatten().clone()
     numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape)
@@ -354,10 +386,10 @@ def compensated(curvature: Curvature, value: Tensor, scale: Tensor, low: int, hi
     return best if whole is None else _descended(whole, best, value, scale, low, high)
 
 
-def learned(curvature: Curvature, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Codes, of the tensor's shape, rounded down or up such that the damage of all together is small; the nearest ones
-    where nothing better is found."""
-    value, scale = value.cpu(), scale.cpu()
+def learned(curvature: Curvature, value: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Multiples of the scales, rounded down or up such that the damage of all together is small; the nearest ones where nothing
+    better is found. Arguments as for `compensated`."""
+    value, scale, low, high = value.cpu(), scale.cpu(), low.cpu(), high.cpu()
     down, nearest = (value / scale).floor(), (value / scale).round().clamp(low, high)
     at_first = curvature.damage(nearest * scale - value)
     if at_first <= 0:
@@ -397,19 +429,21 @@ def _only_use(curvature: Curvature) -> Kronecker | None:
     return Kronecker(moments[0], moments[1], first.as_matrix)
 
 
-def _descended(use: Kronecker, codes: Tensor, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _descended(use: Kronecker, codes: Tensor, value: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Codes of which none can be changed by itself for less damage, or nearly so: one after the other is set to where, with
     all others as they are, the damage is least."""
     numbers = use.as_matrix(torch.arange(value.numel()).reshape(value.shape))
-    held, wanted, steps = (use.as_matrix(part.cpu()).float().contiguous().numpy() for part in (codes, value, scale))
+    parts = (use.as_matrix(part.cpu()).float().contiguous().numpy() for part in (codes, value, scale, low, high))
+    held, wanted, steps, least, most = parts
     held = held.copy()
-    for a, g, q, w, s in zip(use.inputs.float().numpy(), use.gradients.float().numpy(), held, wanted, steps, strict=True):
+    moments = use.inputs.float().numpy(), use.gradients.float().numpy()
+    for a, g, q, w, s, bottom, top in zip(*moments, held, wanted, steps, least, most, strict=True):
         error = q * s - w
         for _ in range(N_PASSES):
             for start in range(0, a.shape[0], BLOCK // 2):
                 here = slice(start, start + BLOCK // 2)
                 slopes = g @ (error @ a[:, here])
-                _columns()(q[:, here], s[:, here], error[:, here], slopes, a[here, here], g, low, high)
+                _columns()(q[:, here], s[:, here], error[:, here], slopes, a[here, here], g, bottom[:, here], top[:, here])
     found = torch.empty(value.numel()).index_copy_(0, numbers.reshape(-1), torch.from_numpy(held).reshape(-1))
     return found.reshape(value.shape).to(value)
 
@@ -428,7 +462,7 @@ def _set_columns(codes, steps, error, slopes, a, g, low, high):  # fmt: skip
             if bend == 0:  # nothing depends on it
                 continue
             now = slope[i] + moved[j, i] * a[j, j]
-            code = min(max(np.rint(codes[i, j] - now / bend), low), high)
+            code = min(max(np.rint(codes[i, j] - now / bend), low[i, j]), high[i, j])
             if code != codes[i, j]:
                 change = (code - codes[i, j]) * steps[i, j]
                 codes[i, j] = code
@@ -445,17 +479,14 @@ def _columns() -> Any:
     return numba.njit(_set_columns, cache=True)
 
 
-def _settle_scales_(decoder: IntegerDecoder, curvature: Curvature, value: Tensor, owners: Tensor, low: int, high: int) -> None:
-    """In turns: the scales that do the least damage with these codes, and the codes that do with these scales.
-
-    Args:
-        owners: the number of the scale of each element, of the tensor's shape.
-    """
+def _settle_scales_(decoder: IntegerDecoder, curvature: Curvature, value: Tensor) -> None:
+    """In turns: the scales that do the least damage with these codes, and the codes that do with these scales."""
     use = _only_use(curvature)
     if use is None:
         return
-    value, owners = value.cpu(), owners.cpu()
-    codes, scale = cast(Tensor, decoder.codes).cpu().float(), decoder.scale.detach().cpu().float().flatten()
+    value, (low, high) = value.cpu(), (bound.cpu() for bound in decoder.range())
+    owners = decoder.over(torch.arange(decoder.scale.numel()).reshape(decoder.scale.shape)).contiguous()
+    codes, scale = decoder.multiples().cpu(), decoder.scale.detach().cpu().float().flatten()
     least = curvature.damage(codes * scale[owners] - value)
     for _ in range(N_FITS):
         fitted = _stored(_fitted(use, codes, value, scale, owners), decoder.scale.dtype, scale)
@@ -465,7 +496,7 @@ def _settle_scales_(decoder: IntegerDecoder, curvature: Curvature, value: Tensor
             return
         least = damage
         decoder.scale.data.copy_(fitted.reshape(decoder.scale.shape))
-        cast(Tensor, decoder.codes).copy_(codes)
+        decoder.keep_(codes.to(decoder.scale.device))
 
 
 def _fitted(use: Kronecker, codes: Tensor, value: Tensor, scale: Tensor, owners: Tensor) -> Tensor:
@@ -494,9 +525,9 @@ def _fitted(use: Kronecker, codes: Tensor, value: Tensor, scale: Tensor, owners:
     return scale
 
 
-def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Codes as (groups, m, n), column by column: what rounding a column costs is made good by those after it."""
-    w, s = use.as_matrix(value).double(), use.as_matrix(scale).double()
+    w, s, least, most = (use.as_matrix(part).double() for part in (value, scale, low, high))
     a = use.inputs.to(value.device).double()
     energy = a.diagonal(dim1=1, dim2=2)
     damping = DAMPING * energy.mean(1).clamp_min(1e-6 * float(energy.mean()) + 1e-30)
@@ -506,13 +537,13 @@ def _swept(use: Kronecker, value: Tensor, scale: Tensor, low: int, high: int) ->
     a = a.gather(1, order[:, :, None].expand(a.shape)).gather(2, order[:, None].expand(a.shape))
     a = a + damping[:, None, None] * torch.eye(n, dtype=a.dtype, device=a.device)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(a)), upper=True)
-    w, s = w.gather(2, across), s.gather(2, across)
+    w, s, least, most = (part.gather(2, across) for part in (w, s, least, most))
     codes = torch.zeros_like(w)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         errors = torch.zeros_like(w[:, :, start:stop])
         for j in range(start, stop):
-            codes[:, :, j] = (w[:, :, j] / s[:, :, j]).round().clamp(low, high)
+            codes[:, :, j] = (w[:, :, j] / s[:, :, j]).round().clamp(least[:, :, j], most[:, :, j])
             error = (w[:, :, j] - codes[:, :, j] * s[:, :, j]) / upper[:, j, j, None]
             w[:, :, j + 1 : stop] -= error[:, :, None] * upper[:, None, j, j + 1 : stop]
             errors[:, :, j - start] = error
@@ -531,6 +562,19 @@ def _grouped(rows: Tensor, group: int) -> Tensor:
     missing = -rows.shape[1] % group
     padded = nn.functional.pad(rows, (0, missing)) if missing else rows
     return padded.reshape(rows.shape[0], -1, group)
+
+
+def _nearest(grouped: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    """The multiples of each group's scale nearest to its weights, (rows, groups, group)."""
+    return (grouped / scale[:, :, None]).round_().clamp_((low - zero)[:, :, None], (high - zero)[:, :, None])
+
+
+def _offset(grouped: Tensor, multiples: Tensor, importance: Tensor) -> Tensor:
+    """What each group's weights are above a line through their multiples where these are zero, (rows, groups)."""
+    total = importance.sum(2, keepdim=True).clamp_min(1e-30)
+    w, q = (grouped * importance).sum(2, keepdim=True) / total, (multiples * importance).sum(2, keepdim=True) / total
+    slope = (importance * (multiples - q) * (grouped - w)).sum(2) / (importance * (multiples - q) ** 2).sum(2).clamp_min(1e-30)
+    return w[:, :, 0] - slope * q[:, :, 0]
 
 
 def _stored(scale: Tensor, dtype: torch.dtype, fallback: Tensor) -> Tensor:

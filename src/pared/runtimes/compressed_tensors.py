@@ -34,7 +34,7 @@ def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str
     packed; all else, and a head that is also the embedding, as it is, decoded.
 
     Raises:
-        InputError: the model is none of transformers, or no layer holds integers.
+        InputError: the model is none of transformers, no layer holds integers, or one has zero points.
         ExportError: what transformers loads gives other outputs.
         MissingExtra: compressed-tensors or transformers is not installed.
     """
@@ -57,6 +57,11 @@ def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str
         integers = _integers(module)
         if integers is not None and times[id(model_plain.get_submodule(name).weight)] == 1:  # not tied to an embedding
             held[name] = integers
+    if affine := [name for name, integers in held.items() if integers.zero is not None]:
+        raise InputError(
+            f"transformers reads no zero points of packed integers, but {affine[0]} has some; take scheme: symmetric for "
+            'compressed-tensors, or to="onnx"'
+        )
     if not held:
         raise InputError("compressed-tensors need linear layers with integer weights, found none; use quantize.integer")
     with tempfile.TemporaryDirectory(prefix=".pared-", dir=folder_of(path)) as scratch:

@@ -202,20 +202,31 @@ def _replace(model: Any, node: Any, nodes: list[Any]) -> None:
 
 
 def _unfold(model: Any, node: Any) -> None:
-    """Cast and Mul in the place of a DequantizeLinear."""
+    """Cast, Sub where there are zero points, and Mul in the place of a DequantizeLinear."""
     import onnx_ir as ir
 
     codes, scale = _constant(node.inputs[0]), _constant(node.inputs[1])
-    if codes is None or scale is None or (len(node.inputs) > 2 and node.inputs[2] is not None):
+    if codes is None or scale is None:
         return
     axis, group = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    if group:
-        scale = np.repeat(scale, group, axis).take(range(codes.shape[axis]), axis)
-    elif scale.ndim:
-        scale = scale.reshape([-1 if place == axis else 1 for place in range(codes.ndim)])
-    factor = _kept(model, f"{node.outputs[0].name}_scale", scale)
-    cast = ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT})
-    _replace(model, node, [cast, ir.node("Mul", [cast.outputs[0], factor])])
+
+    def spread(part: np.ndarray) -> np.ndarray:
+        if group:
+            return np.repeat(part, group, axis).take(range(codes.shape[axis]), axis)
+        return part.reshape([-1 if place == axis else 1 for place in range(codes.ndim)]) if part.ndim else part
+
+    name = node.outputs[0].name
+    nodes = [ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT})]
+    if (zero := _zero_of(node)) is not None:
+        shift = _kept(model, f"{name}_zero", spread(zero).astype(np.float32))
+        nodes.append(ir.node("Sub", [nodes[-1].outputs[0], shift]))
+    factor = _kept(model, f"{name}_scale", spread(scale))
+    _replace(model, node, [*nodes, ir.node("Mul", [nodes[-1].outputs[0], factor])])
+
+
+def _zero_of(node: Any) -> np.ndarray | None:
+    """The zero points of a DequantizeLinear."""
+    return _constant(node.inputs[2]) if len(node.inputs) > 2 else None
 
 
 def _transpose(model: Any, node: Any) -> None:
@@ -232,6 +243,8 @@ def _transpose(model: Any, node: Any) -> None:
     before.replace_input_with(0, _kept(model, f"{before.inputs[0].name}_transposed", np.ascontiguousarray(codes.T)))
     if grouped:
         before.replace_input_with(1, _kept(model, f"{before.inputs[1].name}_transposed", np.ascontiguousarray(scale.T)))
+        if (zero := _zero_of(before)) is not None:
+            before.replace_input_with(2, _kept(model, f"{before.inputs[2].name}_transposed", np.ascontiguousarray(zero.T)))
     before.attributes["axis"] = ir.AttrInt64("axis", 1 - before.attributes.get_int("axis", 1))
     before.outputs[0].shape = ir.Shape(codes.T.shape)
     node.outputs[0].replace_all_uses_with(before.outputs[0])
@@ -321,5 +334,8 @@ def _pack(model: Any, node: Any) -> None:
     codes = _constant(value)
     if codes is None or codes.dtype != np.int8 or not codes.size or codes.min() < -8 or codes.max() > 7:
         return
-    value.const_value = ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=value.name)
-    value.type = ir.TensorType(ir.DataType.INT4)
+    zero = _zero_of(node)
+    for held, array in ((value, codes), (node.inputs[2] if zero is not None else None, zero)):
+        if held is not None and array is not None:
+            held.const_value = ir.tensor(array.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=held.name)
+            held.type = ir.TensorType(ir.DataType.INT4)
