@@ -30,6 +30,7 @@ Data = Annotated[
         "not needed where MODEL's function returns (model, task)",
     ),
 ]
+Device = Annotated[str, typer.Option(help="Where the network is calibrated, trained and measured: cpu, cuda, cuda:1, mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the final line.")]
 
@@ -47,6 +48,7 @@ def compress(
     store: Annotated[str | None, typer.Option(help="How the file is coded: smallest, fastest, huffman, rans.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Recover by distillation, or post-training only.")] = True,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Device = "cpu",
     lossless: Annotated[bool, typer.Option(help="MODEL is a safetensors file: the same bits in a smaller file, OUT.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -65,7 +67,7 @@ def compress(
         raise RecipeError(f"--store must be one of {', '.join(STORES)}, got {store!r}")
     show = _Display(quiet or as_json)
     with show:
-        net, task = _model_and_task(model, data, seed, show)
+        net, task = _model_and_task(model, data, seed, device, show)
         failure: BudgetError | None = None
         try:
             result = pipeline.compress(
@@ -124,6 +126,7 @@ def sensitivity(
     recipe: Annotated[str | None, typer.Option(help="The recipe whose candidates are tried.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A JSON file for the table.")] = None,
     seed: int = 0,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Which layer hurts, with which technique: predicted damage per layer and option."""
@@ -133,7 +136,7 @@ def sensitivity(
 
     show = _Display(as_json)
     with show:
-        net, task = _model_and_task(model, data, seed, show)
+        net, task = _model_and_task(model, data, seed, device, show)
         task.check(net)
         _, steps, _ = recipes.load(recipe).parts()
         rows = budget.sensitivity(prepared(net)[0], task, list(steps[0].candidates), progress=show)
@@ -299,10 +302,18 @@ class _Display:
         self.since.clear()
 
 
-def _model_and_task(model: str, data: str | None, seed: int, show: _Display) -> tuple[Any, Any]:
+def _model_and_task(model: str, data: str | None, seed: int, device: str, show: _Display) -> tuple[Any, Any]:
+    import torch
+
     from pared import sources
 
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch asserts that it was built for one
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--device must be one that torch can use here, got {device!r}: {reason}") from error
     net, facts = sources.model(model)
+    net.to(device)
     if data is None:
         if facts.task is None:
             raise InputError(f"--data must say which data {model} is for; give for example --data digits")
