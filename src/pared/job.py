@@ -19,7 +19,7 @@ from pared.measurement import example_batch
 from pared.place import Progress
 from pared.recipe import Recipe, Step
 from pared.runfolder import RunFolder
-from pared.task import Task, to_device_of
+from pared.task import Task
 from pared.technique import Edit, Option, Technique
 
 
@@ -91,7 +91,7 @@ class Job:
     @cached_property
     def one(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call of the network with one example, for latency."""
-        return self.task.call(self.original, to_device_of(self.original, example_batch(self.task, 1)))
+        return self.task.call(self.original, example_batch(self.task, 1))
 
     @property
     def aside(self) -> Path | None:

@@ -175,10 +175,11 @@ class Task:
         batch = next(in_order(self.val), None)
         if batch is None:
             raise InputError("Task.val must hold at least one batch, got none; check the data it is made from")
-        return self.call(model, to_device_of(model, batch)) if model is not None else call_of(batch)
+        return self.call(model, batch) if model is not None else call_of(batch)
 
     def call(self, model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with which the task calls the model for a batch."""
+        """The arguments with which the task calls the model for a batch, on the model's device."""
+        batch = to_device_of(model, batch)
         if self.forward is None:
             return call_of(batch)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -13,7 +13,7 @@ from pared.measurement.compute import compute
 from pared.place import Refusal, place_everywhere
 from pared.site import duplicate
 from pared.statistics import Statistics
-from pared.task import Batch, Task, batch_size, to_device_of
+from pared.task import Batch, Task, batch_size
 from pared.technique import Edit, Technique
 
 N_EXAMPLES = 512
@@ -43,7 +43,7 @@ def correct_biases_(model: nn.Module, before: nn.Module, task: Task) -> None:
     calls: list[str] = []
     _run(model, task, batches[:1], {path: lambda output, path=path: calls.append(path) for path in layers})
     once = [path for path in calls if Counter(calls)[path] == 1]
-    args, kwargs = task.call(model, to_device_of(model, batches[0]))
+    args, kwargs = task.call(model, batches[0])
     work = max(1.0, len(once) / 2 * compute(before, args, kwargs).macs / batch_size(batches[0]))
     chosen: list[Batch] = []
     for batch in batches:

@@ -62,7 +62,7 @@ class Moment:
 def _share(first: Tensor, second: Tensor) -> float:
     """How far to move: the share among `SHARES` with the largest likelihood of either half given the other."""
     scores = torch.zeros(len(SHARES), dtype=torch.float64)
-    shares = torch.tensor(SHARES, dtype=torch.float64)
+    shares = torch.tensor(SHARES, dtype=torch.float64, device=first.device)
     for known, other in ((first, second), (second, first)):
         if known.ndim == 3 and known.shape[1] > 1:
             chosen = slice(None, None, -(-known.shape[1] // _WIDEST_SHARE))

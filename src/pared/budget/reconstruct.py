@@ -109,7 +109,7 @@ def _sample(product: Product, index: int, place: int) -> Tensor | None:
     if product.n_positions <= N_POSITIONS:
         return None
     generator = torch.Generator().manual_seed(index * 1009 + place)
-    return torch.randint(product.n_positions, (N_POSITIONS,), generator=generator)
+    return torch.randint(product.n_positions, (N_POSITIONS,), generator=generator).to(product.operand.value.device)
 
 
 def _may_be_refitted(product: Product, target: Tensor) -> bool:
@@ -137,7 +137,7 @@ def _solve(product: Product, positions: Tensor | None, target: Tensor, bias: Ten
     rest = y - x @ start.T
     gram = x.T @ x / len(x)
     ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
-    step = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), x.T @ rest / len(x))
+    step = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), x.T @ rest / len(x))
     weight.copy_((start + step.T).to(weight.dtype))
     if bias is not None:
         bias.copy_((y_mean - (start + step.T) @ x_mean).to(bias.dtype))

@@ -99,12 +99,12 @@ def scale_(root: nn.Module, group: Coupled, scale: Tensor) -> None:
             tensor = cast(Tensor | None, getattr(maker, name))
             if tensor is not None:
                 shape = [-1] + [1] * (tensor.ndim - 1)
-                tensor.data = (tensor.data.double() * scale.reshape(shape)).to(tensor.dtype)
+                tensor.data = (tensor.data.double() * scale.to(tensor.device).reshape(shape)).to(tensor.dtype)
     for path in group.readers:
         reader = root.get_submodule(path)
         weight = cast(Tensor, reader.weight)
         n_groups, per_group = getattr(reader, "groups", 1), weight.shape[1]
-        by_output = (1 / scale).reshape(n_groups, 1, per_group).expand(-1, weight.shape[0] // n_groups, -1)
+        by_output = (1 / scale.to(weight.device)).reshape(n_groups, 1, per_group).expand(-1, weight.shape[0] // n_groups, -1)
         shape = [weight.shape[0], per_group] + [1] * (weight.ndim - 2)
         weight.data = (weight.data.double() * by_output.reshape(shape)).to(weight.dtype)
 
