@@ -27,6 +27,7 @@ import os
 import resource
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,38 @@ from torch import Tensor, nn
 
 import pared
 from pared.budget import calibrate
+from pared.budget.allocate import allocate
 from pared.quantize import Hqq, Integer, RateDistortion
-from pared.site import duplicate, tensor_sites
+from pared.site import Site, duplicate, tensor_sites
 from pared.sources.torchvision_schemas import declare_missing_schemas
 from pared.statistics import Statistics
-from pared.technique import Technique
+from pared.technique import Cost, Option, Technique
 
 ROOT = Path(__file__).resolve().parent
 RESULTS, WORKER = ROOT / "results" / "language.json", ROOT / "peers" / "language_worker.py"
-WAYS: dict[str, Technique | None] = {
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Integers of which the allocator takes one setting for each layer, within so many uncoded bits per weight; what each would
+    cost is seen with the nearest codes, and the ones that are taken are compensated."""
+
+    bits: float
+
+    def within(self, sites: list[Site], statistics: Statistics) -> dict[str, Technique]:
+        """By the path of the weight."""
+        options = []
+        for technique in (Integer(bits=bits, group=group) for bits in (3, 4, 5, 6) for group in (32, 64, 128)):
+            for site in sites:
+                structure, parts = technique.solve(site, statistics)
+                stored = (plain_bits(technique) or 0.0) * site.tensor.numel()
+                damage = technique.damage(site, parts, statistics) or 0.0
+                options.append(Option(site, technique, Cost(stored_bits=stored), damage, structure))
+        plan = allocate(options, size_bits=self.bits * sum(site.tensor.numel() for site in sites))
+        return {o.site.path: o.technique.model_copy(update={"rounding": "compensated"}) for o in plan.options if o.technique}
+
+
+WAYS: dict[str, Technique | Mixed | None] = {
     "original": None,
     "int4, groups of 32, nearest": Integer(bits=4, group=32),
     "int4, groups of 32, hqq": Hqq(bits=4, group=32),
@@ -53,6 +77,8 @@ WAYS: dict[str, Technique | None] = {
     "int4, groups of 128, nearest": Integer(bits=4, group=128),
     "int4, groups of 128, compensated": Integer(bits=4, group=128, rounding="compensated"),
     "int4, groups of 128, affine, compensated": Integer(bits=4, group=128, scheme="affine", rounding="compensated"),
+    "integers, 4.625 bits, by the allocator": Mixed(4.625),
+    "integers, 4.156 bits, by the allocator": Mixed(4.15625),
     **{f"rate-distortion, slope {slope:g}": RateDistortion(slope=slope) for slope in (1.6e-10, 3e-10, 1e-9, 3e-9, 1e-8)},
 }
 PEERS: dict[str, dict[str, Any]] = {
@@ -104,26 +130,28 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
     return math.exp(total / windows[:, 1:].numel())
 
 
-def coded(model: nn.Module, technique: Technique, statistics: Statistics) -> tuple[nn.Module, float]:
-    """A copy whose linear layers hold what the technique makes of them, and bits per weight of these."""
+def coded(model: nn.Module, way: Technique | Mixed, statistics: Statistics) -> tuple[nn.Module, float, float | None]:
+    """A copy whose linear layers hold what the way makes of them; bits per weight of these, coded and uncoded."""
     twin = duplicate(model)
     linear = {f"{path}.weight" for path, m in twin.named_modules() if isinstance(m, nn.Linear) and path.startswith("model.layers.")}
-    bits = n_weights = 0.0
-    for site in tensor_sites(twin):
-        if site.path not in linear:
-            continue
+    sites = [site for site in tensor_sites(twin) if site.path in linear]
+    chosen = way.within(sites, statistics) if isinstance(way, Mixed) else {site.path: way for site in sites}
+    bits = plain = n_weights = 0.0
+    for site in sites:
+        technique = chosen[site.path]
         _, parts = technique.solve(site, statistics)
         bits += technique.cost(site, parts).stored_bits
+        plain += (plain_bits(technique) or math.nan) * site.tensor.numel()
         n_weights += site.tensor.numel()
         weight = technique.weight(site, parts)
         if weight is None:
             raise ValueError(f"{technique} must give a tensor at {site.path}")
         with torch.no_grad():
             site.tensor.copy_(weight)
-    return twin, bits / n_weights
+    return twin, bits / n_weights, None if math.isnan(plain) else plain / n_weights
 
 
-def plain_bits(technique: Technique | None) -> float | None:
+def plain_bits(technique: Technique) -> float | None:
     """Bits per weight where codes are stored as they are."""
     if isinstance(technique, Integer):
         return technique.bits + (16 + technique.bits * (technique.scheme == "affine")) / int(technique.group)
@@ -207,12 +235,12 @@ def main() -> None:
     for way in given.ways:
         if way in results["ways"]:
             continue
-        start, technique, bits = time.perf_counter(), WAYS[way], None
+        start, technique, bits, plain = time.perf_counter(), WAYS[way], None, None
         network: nn.Module = model
         if technique is not None:
-            network, bits = coded(model, technique, statistics)
+            network, bits, plain = coded(model, technique, statistics)
         seconds = time.perf_counter() - start
-        row = {"perplexity": perplexity(network, test), "bits_per_weight": bits, "plain_bits": plain_bits(technique)}
+        row = {"perplexity": perplexity(network, test), "bits_per_weight": bits, "plain_bits": plain}
         keep(results, way, {**row, "seconds": round(seconds)})
     for peer, python in (one.split("=", 1) for one in given.peer):
         if not (given.work / "model").exists():

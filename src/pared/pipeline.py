@@ -20,6 +20,7 @@ import pared
 from pared import artifact
 from pared import recipe as recipes
 from pared.budget.calibrate import gather
+from pared.budget.options import n_tried
 from pared.budget.probe import correct_
 from pared.budget.target import Target, parse_drop, parse_latency, parse_macs, parse_size
 from pared.errors import BudgetError, InputError, TraceError
@@ -296,7 +297,7 @@ def _estimate(job: Job) -> None:
         job.task.outputs(job.original, batch)
     forward = (time.perf_counter() - start) / batch_size(batch)
     numel = sum(p.numel() for p in job.base.parameters())
-    n_candidates = sum(len(step.candidates) for step in job.steps)
+    n_candidates = sum(n_tried(job.base, step.candidates) for step in job.steps)
     fitting = numel * n_candidates * 4e-7
     n_val = sum(batch_size(b) for b in job.task.val)
     per_trial = n_val * forward

@@ -16,7 +16,7 @@ from pared.budget.allocate import Plan, allocate, curve, smallest
 from pared.budget.calibrate import gather
 from pared.budget.channel_latency import timed_layers
 from pared.budget.channels import Layer, Removal, channel_options, masks, plan_channels
-from pared.budget.options import fixed_bits, options
+from pared.budget.options import Offers, fixed_bits, options
 from pared.errors import BudgetError
 from pared.graph.channels import Channels
 from pared.job import Job
@@ -158,7 +158,7 @@ class Search:
     def _explore(
         self, index: int, model: nn.Module, statistics: Statistics, levels: tuple[Level, ...], macs: float
     ) -> Iterator[Way]:
-        job, step, graph = self.job, self.job.steps[index], None
+        job, step, graph, offers = self.job, self.job.steps[index], None, None
         layers: list[Layer] = []
         if step.cuts:
             graph = Channels(duplicate(model).eval(), *job.example)
@@ -168,6 +168,9 @@ class Search:
             found, refusals = channel_options(graph.model, candidates, statistics, graph, job.task, job.progress)
             if by_time:
                 layers = timed_layers(graph.model, job.one, graph, found, job.table, job.say)
+        elif index == len(job.steps) - 1:
+            offers = Offers(model, list(step.candidates), statistics, job.task, progress=job.progress)
+            found, refusals = offers.options, offers.refusals
         else:
             found, refusals = options(model, list(step.candidates), statistics, job.task, progress=job.progress)
         if index == 0:
@@ -175,7 +178,8 @@ class Search:
             self.first_options = found
         if index == len(job.steps) - 1:
             covered = set() if graph else {path for option in found for path in option.site.covers}
-            yield Way(levels, found, model, statistics, 0.0 if graph else fixed_bits(model, covered), macs, graph, layers)
+            rest = 0.0 if graph else fixed_bits(model, covered)
+            yield Way(levels, found, model, statistics, rest, macs, graph, layers, offers)
             return
         for chosen in _levels(found) if graph is None else self._cut_levels(found, graph, macs, layers):
             twin = duplicate(model)
@@ -233,12 +237,19 @@ class Search:
                 dense = sum(option.cost.macs for option in way.options if option.technique is None)
                 limits["macs"] = lighter if way.graph else lighter - max(0.0, way.macs - dense)
             try:
-                found.append((way, _cut_plan(way, **limits) if way.graph else allocate(way.options, **limits)))
+                found.append((way, _cut_plan(way, **limits) if way.graph else self._least_damage(way, **limits)))
             except BudgetError as error:
                 failure = error
         if not found:
             raise failure or BudgetError("no plan was found")
         return min(found, key=lambda pair: pair[0].damage + pair[1].damage)
+
+    def _least_damage(self, way: Way, **limits: float) -> Plan:
+        """The best plan within the budgets, with everything tried that lies next to what it chooses."""
+        plan = allocate(way.options, **limits)
+        while way.offers is not None and self.job.timed("options", partial(way.offers.refine, plan.options)):
+            plan = allocate(way.options, **limits)
+        return plan
 
     def _smallest_plan(self) -> tuple[Way, Plan]:
         lighter = self.job.target.file_bytes is None and (self.job.target.macs is not None or self.job.target.speedup is not None)

@@ -20,6 +20,7 @@ from pared.budget.channels import Layer, Removal, partly
 from pared.budget.gates import absorb_, closed, gated
 from pared.budget.layer_latency import slower
 from pared.budget.observe import observe
+from pared.budget.options import Offers
 from pared.graph.channels import Channels
 from pared.job import Job
 from pared.measurement.quality import Drop, Quality, drop, evaluate
@@ -63,6 +64,7 @@ class Way:
         macs: of the model, per example; 0 where nothing asks for them.
         graph: of its channels, where the last step removes some.
         layers: how long each takes as a function of what the groups keep, where latency is asked for.
+        offers: where more options come from.
     """
 
     levels: tuple[Level, ...]
@@ -73,6 +75,7 @@ class Way:
     macs: float = 0.0
     graph: Channels | None = None
     layers: Sequence[Layer] = ()
+    offers: Offers | None = None
 
     @property
     def damage(self) -> float:

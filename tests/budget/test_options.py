@@ -1,5 +1,6 @@
 """Options with five-line techniques: what is offered, at what cost, and what is refused."""
 
+import sys
 from typing import ClassVar
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 from torch import nn
 
 from pared import store
-from pared.budget import allocate, fixed_bits, gather, options, sensitivity
+from pared.budget import Offers, allocate, fixed_bits, gather, options, sensitivity
 from pared.budget.damage import held_out, installed, measure, references
+from pared.budget.options import n_tried
+from pared.quantize import RateDistortion
 from pared.site import Site, install_, tensor_sites
 from pared.statistics import Statistics
 from pared.task import Task
 from pared.technique import ENTRY_BITS, Modules, Technique, Tensors, as_numpy
+from pared.testing import net as trained_net
 
 
 class Holder(nn.Module):
@@ -169,6 +173,47 @@ def test_a_coded_tensor_can_be_tried_again(setting):
     with installed(model, site, parts):
         assert not torch.equal(model(x), before)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("name", ["convolution", "attention"])
+def test_of_a_long_list_what_lies_next_to_the_plan_is_tried_and_the_plan_is_as_good(name, monkeypatch):
+    trained = trained_net(name)
+    statistics, slopes = trained.statistics(), [10 ** (k / 4 - 9) for k in range(33)]
+    techniques = [RateDistortion(slope=slope) for slope in slopes]
+    every, _ = options(trained.copy(), techniques, statistics, trained.task)
+    assert len(Offers(trained.copy(), techniques, statistics, trained.task).options) == len(every)
+    monkeypatch.setattr(sys.modules["pared.budget.options"], "FEW", 1)
+    dense = sum(o.cost.stored_bits for o in every if o.technique is None)
+    offers = Offers(trained.copy(), techniques, statistics, trained.task)
+    at_first = len(offers.options)
+    assert n_tried(trained.model, techniques) < 20
+    for share in (0.3, 0.15, 0.1):
+        best = allocate(every, size_bits=share * dense)
+        plan = allocate(offers.options, size_bits=share * dense)
+        while offers.refine(plan.options):
+            plan = allocate(offers.options, size_bits=share * dense)
+        assert plan.cost.stored_bits <= share * dense
+        assert plan.damage <= 1.02 * best.damage, (share, plan.damage, best.damage)
+    assert at_first < 0.3 * len(every) and len(offers.options) < 0.8 * len(every)
+    assert {o.site.path for o in offers.options} == {o.site.path for o in every}
+
+
+class Sometimes(Grow):
+    """Smaller if it is coarse."""
+
+    def fit(self, site, parts, statistics):
+        (Halve if self.steps < 1000 else Grow).fit(self, site, parts, statistics)
+
+
+def test_a_list_that_begins_with_what_saves_nothing_is_followed_to_where_it_does(setting, monkeypatch):
+    monkeypatch.setattr(sys.modules["pared.budget.options"], "FEW", 1)
+    model, task = setting
+    techniques = [Sometimes(steps=1 << k) for k in range(40, 4, -1)]
+    offers = Offers(model, techniques, gather(model, task), task)
+    while offers.refine(()):  # of a plan that leaves all as it is
+        pass
+    found = [o.technique.steps for o in offers.options if o.technique and o.site.path == "0.weight"]
+    assert max(found) == 512 and len(found) < 5
 
 
 def test_sensitivity_has_a_row_for_every_site_and_option(setting):

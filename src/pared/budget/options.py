@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from pared.technique import (
     value_at,
 )
 
+LONG, STRIDE, FEW = 12, 8, 2**20
+"""Of more than so many values of one number only every so manieth is tried at first, unless there are few weights."""
 EDIT_BITS = 8 * 16
 """What one line of the manifest costs: the technique, its settings, where."""
 N_MEASURED = 64
@@ -66,13 +69,110 @@ def options(
     """
     refusals: dict[tuple[str, str, str], Refusal] = {}
     found = [c.option for c in candidates(model, techniques, statistics, task, refusals, graph, progress, measured)]
+    return found, _with_the_useless(found, refusals)
+
+
+def _with_the_useless(found: Sequence[Option], refusals: dict[tuple[str, str, str], Refusal]) -> list[Refusal]:
+    """The refusals, and a line for every tensor for which nothing was better than leaving it."""
     improved = {path for option in found if option.technique is not None for path in option.site.covers}
     refused = {path for path, _, _ in refusals}
     for option in found:
         site = option.site
         if option.technique is None and site.path not in improved and site.path not in refused:
             _refuse(refusals, site, "every technique", "nothing was smaller here")
-    return found, list(refusals.values())
+    return list(refusals.values())
+
+
+class Offers:
+    """The options of techniques among which plans choose. Where a technique comes with more than `LONG` values of one number, and
+    there are more than `FEW` weights, some of them are tried at every site, and `refine` tries those next to what a plan chose.
+
+    Args:
+        as for `options`.
+    """
+
+    def __init__(
+        self, model: nn.Module, techniques: Sequence[Technique], statistics: Statistics, task: Task | None,
+        *, progress: Progress | None = None, measured: int = N_MEASURED,
+    ) -> None:  # fmt: skip
+        self.statistics, self.progress = statistics, progress
+        self._refusals: dict[tuple[str, str, str], Refusal] = {}
+        self._work = _work(model, techniques, statistics, self._refusals, None)
+        self._left = {site.path: _left(site, statistics) for site in _touched(model, self._work)}
+        self._gauge = _Gauge(model, statistics, task, measured)
+        scales = _scales(model, techniques)
+        self._scales = {
+            key: [[number for each in scale for number, (one, _) in enumerate(pairs) if one is each] for scale in scales]
+            for key, pairs in self._work.items()
+        }
+        self._tried: dict[tuple[str, str], dict[int, Option | None]] = {key: {} for key in self._work}
+        self.options: list[Option] = []
+        """All that was tried and saves something, and every tensor as it is."""
+        self._try([(key, number) for key, pairs in self._work.items() for number in self._at_first(key, len(pairs))])
+        self.refusals = _with_the_useless(self.options, self._refusals)
+
+    def refine(self, chosen: Sequence[Option]) -> bool:
+        """Try what lies half-way between the options of a plan and those tried on both sides; whether there was any.
+
+        A site that the plan leaves alone might do with a setting between one that saves nothing and one that does.
+        """
+        taken: dict[tuple[str, str], Technique | None] = {(o.site.kind, o.site.path): o.technique for o in chosen}
+        missing = []
+        for key, scales in self._scales.items():
+            tried, technique = self._tried[key], taken.get(key)
+            for scale in scales:
+                for low, high in pairwise(place for place, number in enumerate(scale) if number in tried):
+                    ends = scale[low], scale[high]
+                    if technique is None:
+                        near = (tried[ends[0]] is None) != (tried[ends[1]] is None)
+                    else:
+                        near = any(self._work[key][end][0] is technique for end in ends)
+                    if near and high - low > 1:
+                        missing.append((key, scale[(low + high) // 2]))
+        self._try(missing)
+        return bool(missing)
+
+    def _at_first(self, key: tuple[str, str], n: int) -> list[int]:
+        """Of the settings at a site, all but those within long lists."""
+        later = {
+            number
+            for scale in self._scales[key]
+            for place, number in enumerate(scale)
+            if place % STRIDE and place < len(scale) - 1
+        }
+        return [number for number in range(n) if number not in later]
+
+    def _try(self, wanted: Sequence[tuple[tuple[str, str], int]]) -> None:
+        for done, (key, number) in enumerate(wanted, 1):
+            technique, site = self._work[key][number]
+            found = _candidate(technique, site, self.statistics, self._left, self._gauge, self._refusals)
+            self._tried[key][number] = None if found is None else found.option
+            if self.progress is not None:
+                self.progress({"doing": "options", "done": done, "total": len(wanted)})
+        tried = (tried[number] for tried in self._tried.values() for number in sorted(tried))
+        self.options[:] = [*self._left.values(), *(option for option in tried if option is not None)]
+
+
+def n_tried(model: nn.Module, techniques: Sequence[Technique]) -> int:
+    """About how many options for each site a plan needs."""
+    scales = _scales(model, techniques)
+    return len(techniques) - sum(len(scale) - (len(scale) // STRIDE + 2 * STRIDE.bit_length()) for scale in scales)
+
+
+def _scales(model: nn.Module, techniques: Sequence[Technique]) -> list[list[Technique]]:
+    """Techniques that differ in one number alone, more than `LONG` of them, in the order of it; none for a small model."""
+    if sum(parameter.numel() for parameter in model.parameters()) < FEW:
+        return []
+    kinds: dict[type[Technique], list[Technique]] = {}
+    for technique in techniques:
+        kinds.setdefault(type(technique), []).append(technique)
+    found = []
+    for same in kinds.values():
+        settings = [technique.model_dump() for technique in same]
+        varying = [name for name in settings[0] if len({repr(each[name]) for each in settings}) > 1]
+        if len(same) > LONG and len(varying) == 1 and all(isinstance(each[varying[0]], (int, float)) for each in settings):
+            found.append(sorted(same, key=lambda technique: getattr(technique, varying[0])))
+    return found
 
 
 def candidates(
@@ -86,15 +186,7 @@ def candidates(
     measured: int = N_MEASURED,
 ) -> Iterator[Candidate]:
     """Options with their parts, site by site; reasons for leaving a site alone go into `refusals`."""
-    work: dict[tuple[str, str], list[tuple[Technique, Site]]] = {}
-    for technique in techniques:
-        for site in technique.sites(model, graph):
-            if reason := technique.refuse(site):
-                _refuse(refusals, site, technique.name, reason)
-                work.setdefault((site.kind, site.path), [])
-                continue
-            seen_at = max((statistics.positions.get(path, 0.0) for path in site.covers), default=0.0)
-            work.setdefault((site.kind, site.path), []).append((technique, replace(site, positions=seen_at)))
+    work = _work(model, techniques, statistics, refusals, graph)
     left = {site.path: _left(site, statistics) for site in _touched(model, work)}
     yield from (Candidate(option, nn.Identity()) for option in left.values())
     gauge = _Gauge(model, statistics, task, measured)
@@ -108,6 +200,26 @@ def candidates(
                 progress({"doing": "options", "done": done, "total": total})
             if candidate is not None:
                 yield candidate
+
+
+def _work(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    statistics: Statistics,
+    refusals: dict[tuple[str, str, str], Refusal],
+    graph: Any,
+) -> dict[tuple[str, str], list[tuple[Technique, Site]]]:
+    """By kind and path of a site, which techniques are to be tried there; none where all refuse."""
+    work: dict[tuple[str, str], list[tuple[Technique, Site]]] = {}
+    for technique in techniques:
+        for site in technique.sites(model, graph):
+            if reason := technique.refuse(site):
+                _refuse(refusals, site, technique.name, reason)
+                work.setdefault((site.kind, site.path), [])
+                continue
+            seen_at = max((statistics.positions.get(path, 0.0) for path in site.covers), default=0.0)
+            work.setdefault((site.kind, site.path), []).append((technique, replace(site, positions=seen_at)))
+    return work
 
 
 def fixed_bits(model: nn.Module, covered: set[str]) -> float:
