@@ -300,6 +300,10 @@ def test_only_what_linear_layers_read_is_rounded_per_token(sequences):
         pared.apply(nn.Sequential(nn.Conv2d(1, 2, 3)), None, Activations(range="per_token"))
     with pytest.raises(ValueError, match="per_token gives any scales"):
         Activations(range="per_token", powers_of_two=True)
+    with pytest.raises(ValueError, match="range: per_token is for what linear layers read; leave places: products out"):
+        Activations(range="per_token", places="products")
+    with pytest.raises(ValueError, match="percentile: 99 is of range: percentile, got range: mse"):
+        Activations(percentile=99)
 
 
 def test_tokens_in_their_own_units_are_multiplied_as_integers_in_onnxruntime(sequences, tmp_path):

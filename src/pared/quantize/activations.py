@@ -135,6 +135,10 @@ class Activations(Technique):
             raise ValueError("steps: learned gives any scales; leave it or powers_of_two out")
         if self.powers_of_two and self.range == "per_token":
             raise ValueError("range: per_token gives any scales; leave it or powers_of_two out")
+        if self.range == "per_token" and self.places != "all":
+            raise ValueError(f"range: per_token is for what linear layers read; leave places: {self.places} out")
+        if self.range != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
+            raise ValueError(f"percentile: {self.percentile:g} is of range: percentile, got range: {self.range}; set that range")
         return self
 
     @property
