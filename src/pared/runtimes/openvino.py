@@ -100,8 +100,10 @@ def _openvino() -> Any:
 
 def _compiled(path: Path, threads: int | None = None) -> Any:
     openvino = _openvino()
-    # left to itself it rounds to bfloat16 on processors that have it: another function, not the same one faster
+    # left to itself it rounds to bfloat16 on processors that have it, and inputs of integer weights to integers: another
+    # function, not the same one faster
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:
