@@ -61,8 +61,9 @@ class Mixed:
         for technique in (Integer(bits=bits, group=group) for bits in (3, 4, 5, 6) for group in (32, 64, 128)):
             for site in sites:
                 structure, parts = technique.solve(site, statistics)
-                stored = (plain_bits(technique) or 0.0) * site.tensor.numel()
-                damage = technique.damage(site, parts, statistics) or 0.0
+                stored, damage = plain_bits(technique, site), technique.damage(site, parts, statistics)
+                if stored is None or damage is None:
+                    raise ValueError(f"what {technique} costs and harms must be known at {site.path}")
                 options.append(Option(site, technique, Cost(stored_bits=stored), damage, structure))
         plan = allocate(options, size_bits=self.bits * sum(site.tensor.numel() for site in sites))
         return {o.site.path: o.technique.model_copy(update={"rounding": "compensated"}) for o in plan.options if o.technique}
@@ -141,7 +142,7 @@ def coded(model: nn.Module, way: Technique | Mixed, statistics: Statistics) -> t
         technique = chosen[site.path]
         _, parts = technique.solve(site, statistics)
         bits += technique.cost(site, parts).stored_bits
-        plain += (plain_bits(technique) or math.nan) * site.tensor.numel()
+        plain += plain_bits(technique, site) or math.nan
         n_weights += site.tensor.numel()
         weight = technique.weight(site, parts)
         if weight is None:
@@ -151,11 +152,13 @@ def coded(model: nn.Module, way: Technique | Mixed, statistics: Statistics) -> t
     return twin, bits / n_weights, None if math.isnan(plain) else plain / n_weights
 
 
-def plain_bits(technique: Technique) -> float | None:
-    """Bits per weight where codes are stored as they are."""
-    if isinstance(technique, Integer):
-        return technique.bits + (16 + technique.bits * (technique.scheme == "affine")) / int(technique.group)
-    return technique.bits + 32 / int(technique.group) if isinstance(technique, Hqq) else None
+def plain_bits(technique: Technique, site: Site) -> float | None:
+    """Bits of a layer where codes are stored as they are."""
+    if not isinstance(technique, (Integer, Hqq)):
+        return None
+    rows, columns = site.tensor.shape
+    per_group = 32 if isinstance(technique, Hqq) else 16 + technique.bits * (technique.scheme == "affine")
+    return technique.bits * site.tensor.numel() + per_group * rows * -(-columns // int(technique.group))
 
 
 def write(model: Any, tokenizer: Any, windows: Tensor, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import pared
-from pared import registry
+from pared import quantize, registry
 from pared.errors import InputError
 from pared.testing import declarations, net
 
@@ -22,6 +22,7 @@ SPEC.loader.exec_module(PLAYED)
 
 TECHNIQUES = [cls(**dict(cls.ladder[len(cls.ladder) // 2] if cls.ladder else {})) for cls in map(registry.get, registry.names())]
 REPLACING = [technique for technique in TECHNIQUES if declarations.replaces(type(technique))]
+REPLACING += [quantize.Integer(bits=4, scheme="affine", rounding=rounding) for rounding in ("learned", "compensated")]
 
 
 def elsewhere():
@@ -70,6 +71,7 @@ RUNS = {
     "trained": ({"steps": [SMALL]}, {"size": "5x"}),
     "smallest": ("smallest", {"size": "8x", "train": False}),
     "int8": ("int8", {"size": "3x"}),
+    "latency": ("int8", {"latency": "1.01x", "train": False}),
     "channels": ({"steps": [{"prune.channels": {"keep": [0.5, 0.7]}, "train": {"epochs": 1}}]}, {"macs": "1.5x"}),
     "gates": ({"steps": [GATES]}, {"macs": "1.2x"}),
     "entropy": ({"steps": [{"quantize.entropy_constrained": {"bits": [2.0]}, "train": {"epochs": 1}}]}, {"size": "5x"}),
@@ -88,4 +90,4 @@ def test_a_run_there_gives_a_file_for_here(run, tmp_path):
     with torch.no_grad():
         found = pared.load(tmp_path / "model.pared")(trained.inputs)
     assert likeness(found, expected) > 0.999 and likeness(moved, expected) > 0.999  # a rounded activation may fall elsewhere
-    assert result.met, result.data["warnings"]
+    assert result.met or run == "latency", result.data["warnings"]  # whether it is faster, the machine decides

@@ -30,7 +30,7 @@ Data = Annotated[
         "not needed where MODEL's function returns (model, task)",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where the network is calibrated, trained and measured: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where the network is calibrated, trained and measured: cpu, cuda, cuda:1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the final line.")]
 
@@ -309,7 +309,7 @@ def _model_and_task(model: str, data: str | None, seed: int, device: str, show: 
 
     try:
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch asserts that it was built for one
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # torch asserts that it was built for one
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--device must be one that torch can use here, got {device!r}: {reason}") from error
     net, facts = sources.model(model)

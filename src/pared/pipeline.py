@@ -245,6 +245,7 @@ def _identity(
         "train": train,
         "seed": seed,
         "threads": torch.get_num_threads(),
+        "device": next((tensor.device.type for tensor in (*original.parameters(), *original.buffers())), "cpu"),
         "torch": torch.__version__,
         "metric": task.metric_name,
         "data": _data_digest(task),
@@ -297,7 +298,9 @@ def _estimate(job: Job) -> None:
         job.task.outputs(job.original, batch)
     forward = (time.perf_counter() - start) / batch_size(batch)
     numel = sum(p.numel() for p in job.base.parameters())
-    n_candidates = sum(n_tried(job.base, step.candidates) for step in job.steps)
+    *before, last = job.steps
+    n_candidates = sum(len(step.candidates) for step in before)
+    n_candidates += len(last.candidates) if last.cuts else n_tried(job.base, last.candidates)
     fitting = numel * n_candidates * 4e-7
     n_val = sum(batch_size(b) for b in job.task.val)
     per_trial = n_val * forward

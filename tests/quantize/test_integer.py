@@ -12,7 +12,6 @@ from pared.budget.observe import observe
 from pared.errors import RecipeError
 from pared.place import everywhere, relax_, settle_
 from pared.quantize.integer import Integer, Stepped, _fitted, _only_use
-from pared.recipe import load
 from pared.site import Site, install_
 from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics
 from pared.task import Task
@@ -338,9 +337,31 @@ def test_learned_rounding_moves_the_outputs_less() -> None:
     assert moved["learned"] < 0.7 * moved["nearest"], moved
 
 
-def test_learned_steps_do_not_go_with_compensated_rounding() -> None:
-    with pytest.raises(RecipeError, match=r"quantize.integer: steps: learned trains .* leave .* out \(recipe, step 1\)"):
-        load({"steps": [{"quantize.integer": {"steps": "learned", "rounding": "compensated"}}]})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", ["fitted", "learned"])
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_training_starts_from_the_codes_that_were_rounded(scheme: str, steps: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 8).to(dtype)
+    statistics = Statistics({"weight": crossed(6, 8)})
+    technique = Integer(bits=3, group=8, rounding="compensated", scheme=scheme, steps=steps)
+    site = site_of(weight)
+    structure, parts = technique.solve(site, statistics)
+    stand_in = technique.relax(site, structure, statistics)
+    output = stand_in()
+    assert output.dtype == dtype and torch.equal(output, parts())
+    output.float().sum().backward()
+    assert bool((stand_in.weight.grad != 0).all())
+    assert torch.equal(stand_in.settle().codes, parts.codes)
+
+
+def test_scales_beside_zero_points_stay_above_zero() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight, curvature = torch.randn(8, 32), crossed(8, 32)
+        technique = Integer(bits=2, scheme="affine", rounding="compensated")
+        _, parts = technique.solve(site_of(weight), Statistics({"weight": curvature}))
+        assert float(parts.scale.min()) > 0
+        assert torch.allclose(technique.lower(parts)(), parts(), atol=1e-6)
 
 
 def test_modules_that_are_kept_are_those_named_and_what_is_in_them() -> None:

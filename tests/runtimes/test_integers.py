@@ -1,5 +1,7 @@
 """Integers in exported files: what is stored, and what a runtime makes of it."""
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,32 @@ def test_zero_points_of_weights_reach_the_runtime(settings, activations, tmp_pat
     held = initializers(tmp_path / "net.onnx")
     assert not any(array.dtype == np.float32 and array.size >= 1024 for array in held.values())
     np.testing.assert_allclose(pared.run(tmp_path / "net.onnx", x.numpy()), small(x).detach(), atol=2e-2 if activations else 1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_groups_in_products_of_three_axes_are_exported_as_they_compute(scheme, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    x = torch.randn(3, 5, 64)
+    small = pared.apply(model, None, quantize.Integer(bits=4, group=32, tensors="matrices", scheme=scheme))
+    pared.export(small, tmp_path / "net.onnx", example=x)
+    np.testing.assert_allclose(pared.run(tmp_path / "net.onnx", x.numpy()), small(x).detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", ["a", "b"])
+def test_layers_that_share_zero_points_may_be_stored_in_different_types(kept, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(a=nn.Linear(64, 64), b=nn.Linear(64, 64))).eval()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.abs_()  # so that all zero points are the least code
+    x = torch.rand(8, 64)
+    data = [(x, torch.zeros(8, dtype=torch.long))]
+    small = pared.apply(model, None, quantize.Integer(bits=4, group=16, tensors="matrices", scheme="affine"))
+    small = pared.apply(small, pared.Task(data, data), quantize.Activations(keep=kept))
+    pared.export(small, tmp_path / "net.onnx", example=x)
+    expected = small(x).detach().numpy()
+    assert np.abs(pared.run(tmp_path / "net.onnx", x.numpy()) - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_a_codebook_is_a_table_and_indices(model, tmp_path):

@@ -88,7 +88,8 @@ def slower(model: nn.Module, example: Call, techniques: Sequence[Technique], tab
     found: dict[str, tuple[float, float]] = {}
     for path, (layer, x) in seen(plain(model).eval(), example).items():
         settings = " then ".join(map(str, techniques))
-        key = f"{layer} on {tuple(x.shape)} | {settings}"
+        where = "" if x.device.type == "cpu" else f" of {x.device.type}"
+        key = f"{layer} on {tuple(x.shape)}{where} | {settings}"
         before, after = table.get(key, partial(_time, layer, x, techniques, table))
         if after > before:
             found[path] = before, after
@@ -104,7 +105,8 @@ def seen(model: nn.Module, example: Call) -> dict[str, tuple[nn.Module, Tensor]]
 
             def look(layer: nn.Module, args: Any, path: str = path) -> None:
                 if args and isinstance(args[0], Tensor):
-                    inputs.setdefault(path, (layer, torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))))
+                    values = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
+                    inputs.setdefault(path, (layer, values.to(args[0].device)))
 
             handles.append(module.register_forward_pre_hook(look))
     with torch.no_grad():

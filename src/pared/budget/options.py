@@ -109,7 +109,11 @@ class Offers:
         self.options: list[Option] = []
         """All that was tried and saves something, and every tensor as it is."""
         self._try([(key, number) for key, pairs in self._work.items() for number in self._at_first(key, len(pairs))])
-        self.refusals = _with_the_useless(self.options, self._refusals)
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Where and why techniques left a site alone."""
+        return _with_the_useless(self.options, dict(self._refusals))
 
     def refine(self, chosen: Sequence[Option]) -> bool:
         """Try what lies half-way between the options of a plan and those tried on both sides; whether there was any.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from pared.lowered import Dequantized
@@ -84,7 +84,9 @@ class IntegerDecoder(nn.Module):
 
     def keep_(self, multiples: Tensor) -> None:
         """The multiples of the scales that the elements are, as codes."""
-        codes = multiples + self.over(cast(Tensor, self.zero)) if "zero" in self.code_bits else multiples
+        codes = multiples.to(self.scale.device)
+        if "zero" in self.code_bits:
+            codes = codes + self.over(cast(Tensor, self.zero))
         cast(Tensor, self.codes).copy_(codes)
 
     def forward(self) -> Tensor:
@@ -129,7 +131,7 @@ class Integer(Technique):
 
     dv/dw = 1 where w / s is in the range, else 0;   dv/ds = q - w / s in the range, q outside;   times 1 / sqrt(n (2**(k-1) - 1))
 
-    for the n weights that share s. Else scales follow the weights in training.
+    for the n weights that share s. Else scales follow the weights in training, or stay where `rounding` put them.
 
     Acts on   every floating-point parameter and buffer of 8 elements or more; a tensor of one axis is one channel.
     Stores    numel * bits + 16 * groups (affine: + bits * groups)  [bits] before entropy coding;  MACs unchanged.
@@ -167,17 +169,12 @@ class Integer(Technique):
     )
 
     steps: Literal["fitted", "learned"] = Field(
-        default="fitted", description="in training: scales that follow from the weights, or are trained with them"
+        default="fitted",
+        description="in training: scales follow from the weights (with rounding: nearest; else they stay), or are trained with them",
     )
     keep: str = Field(
         default="", pattern=r"^[\w.,]*$", description="modules whose tensors stay as they are: their paths, with commas between"
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Integer:
-        if self.steps == "learned" and self.rounding == "compensated":
-            raise ValueError("steps: learned trains weights that are rounded each by itself; leave rounding: compensated out")
-        return self
 
     def sites(self, model: nn.Module, graph: Any = None) -> Iterator[Site]:
         check_layers(model, self.keep, "keep")
@@ -228,7 +225,7 @@ class Integer(Technique):
             top, bottom = top.clamp_min(0), bottom.clamp_max(0)
             reach = top - bottom
             widest = reach / (high - low)
-            first = torch.where(reach > 0, low - bottom / widest, 0).round_()
+            first = torch.where(widest > 0, low - bottom / widest, 0).round_()
         else:
             # the side that reaches further gets the longer half of the range
             reach = torch.where(top.abs() > bottom.abs(), -top, -bottom)
@@ -279,7 +276,7 @@ class Integer(Technique):
         self.fit(site, parts, statistics)
         if self.rounding == "nearest":
             return Stepped(site.tensor, parts)
-        rounded = Stepped(parts().detach(), parts)  # so that the nearest codes are those
+        rounded = Stepped((parts.multiples() * parts.over(parts.scale)).detach(), parts)  # so that the nearest codes are those
         rounded.stretch.requires_grad_(self.steps == "learned")
         return rounded
 
@@ -323,7 +320,7 @@ class Stepped(nn.Module):
 
     def __init__(self, value: Tensor, parts: IntegerDecoder) -> None:
         super().__init__()
-        self.weight = nn.Parameter(value.clone())
+        self.weight = nn.Parameter(value.to(torch.float32, copy=True))
         self.parts = parts.requires_grad_(False)
         self.register_buffer("first", parts.scale.detach().to(torch.float32, copy=True))
         self.stretch = nn.Parameter(torch.zeros_like(cast(Tensor, self.first)))  # scale = first * exp(stretch)
@@ -339,14 +336,14 @@ class Stepped(nn.Module):
     def forward(self, original: Tensor | None = None) -> Tensor:
         n = self.weight.numel() / self.stretch.numel()
         share = 1 / math.sqrt(n * (2 ** (self.parts.bits - 1) - 1))
-        value = _Rounded.apply(self.weight.float(), self.spread(), *self.parts.range(), share)
-        return cast(Tensor, value).to(self.weight.dtype)
+        value = _Rounded.apply(self.weight, self.spread(), *self.parts.range(), share)
+        return cast(Tensor, value).to(self.parts.dtype)
 
     def settle(self) -> nn.Module:
         """The parts, with the present scales and codes."""
         with torch.no_grad():
             self.parts.scale.copy_(self.scale())
-            self.parts.keep_((self.weight.float() / self.spread()).round_().clamp_(*self.parts.range()))
+            self.parts.keep_((self.weight / self.spread()).round_().clamp_(*self.parts.range()))
         return self.parts
 
 
@@ -489,14 +486,15 @@ def _settle_scales_(decoder: IntegerDecoder, curvature: Curvature, value: Tensor
     codes, scale = decoder.multiples().cpu(), decoder.scale.detach().cpu().float().flatten()
     least = curvature.damage(codes * scale[owners] - value)
     for _ in range(N_FITS):
-        fitted = _stored(_fitted(use, codes, value, scale, owners), decoder.scale.dtype, scale)
+        fitted = _fitted(use, codes, value, scale, owners)
+        fitted = _stored(torch.where(fitted * scale > 0, fitted, scale), decoder.scale.dtype, scale)
         codes = _descended(use, codes, value, fitted[owners], low, high)
         scale, damage = fitted, curvature.damage(codes * fitted[owners] - value)
         if not damage < least:
             return
         least = damage
         decoder.scale.data.copy_(fitted.reshape(decoder.scale.shape))
-        decoder.keep_(codes.to(decoder.scale.device))
+        decoder.keep_(codes)
 
 
 def _fitted(use: Kronecker, codes: Tensor, value: Tensor, scale: Tensor, owners: Tensor) -> Tensor:

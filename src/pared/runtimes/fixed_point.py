@@ -136,6 +136,8 @@ def _quantize(x: Any, scale: Tensor, zero_point: Tensor, bits: int) -> Fixed:
 
 def _dequantize(codes: Any, scale: Tensor, zero_point: Tensor | None, axis: int, group: int, bits: int) -> Fixed:
     whole = codes.integers if isinstance(codes, Fixed) else codes.numpy().astype(np.int64)
+    if zero_point is not None and zero_point.numel() > 1:
+        raise ExportError("fixed point has no zero points per channel or group; take scheme: symmetric")
     zero = 0 if zero_point is None else int(zero_point)
     if scale.numel() == 1:
         return Fixed(whole - zero, _fraction(scale))

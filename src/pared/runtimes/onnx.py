@@ -60,7 +60,8 @@ def export(
     """Write the model as ONNX, integer weights as integers; the old file at the path stays whole until the new one is."""
     for package in ("onnx", "onnxscript"):
         _imported(package)
-    network, reference = lowered(model), plain(model).eval()
+    network, reference = lowered(model).cpu(), plain(model).eval().cpu()
+    args, kwargs = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     size = batch_size_of((args, kwargs))
     with tempfile.TemporaryDirectory(prefix=".pared-", dir=folder_of(path)) as folder:
         # an axis of length one would be taken for a constant

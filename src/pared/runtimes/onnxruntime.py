@@ -76,6 +76,8 @@ def _open(path: Path, threads: int | None = None) -> Any:
         raise MissingExtra("onnxruntime", "onnx") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # left to itself it rounds what is multiplied with groups of integer weights to integers, too: another function
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

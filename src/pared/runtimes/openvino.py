@@ -67,7 +67,7 @@ def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str
                 openvino.save_model(openvino.convert_model(between), draft, compress_to_fp16=False)
         except Exception as error:
             raise ExportError(f"openvino cannot convert the model: {first_line(error)}; export to onnx") from error
-        difference = onnx.difference(plain(model).eval(), lambda: run(draft, onnx.arrays_of(args, kwargs)), args, kwargs)
+        difference = onnx.difference(plain(model).eval().cpu(), lambda: run(draft, onnx.arrays_of(args, kwargs)), args, kwargs)
         onnx.check(difference, onnx.ROUNDED if written.rounds else onnx.TOLERANCE)
         files = [draft, draft.with_suffix(".bin")]
         file_bytes = sum(file.stat().st_size for file in files)

@@ -205,8 +205,8 @@ def _unfold(model: Any, node: Any) -> None:
     """Cast, Sub where there are zero points, and Mul in the place of a DequantizeLinear."""
     import onnx_ir as ir
 
-    codes, scale = _constant(node.inputs[0]), _constant(node.inputs[1])
-    if codes is None or scale is None:
+    codes, scale, zero = _constant(node.inputs[0]), _constant(node.inputs[1]), _zero_of(node)
+    if codes is None or scale is None or (zero is None and len(node.inputs) > 2 and node.inputs[2] is not None):
         return
     axis, group = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
 
@@ -217,7 +217,7 @@ def _unfold(model: Any, node: Any) -> None:
 
     name = node.outputs[0].name
     nodes = [ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT})]
-    if (zero := _zero_of(node)) is not None:
+    if zero is not None:
         shift = _kept(model, f"{name}_zero", spread(zero).astype(np.float32))
         nodes.append(ir.node("Sub", [nodes[-1].outputs[0], shift]))
     factor = _kept(model, f"{name}_scale", spread(scale))
@@ -332,10 +332,11 @@ def _pack(model: Any, node: Any) -> None:
 
     value = node.inputs[0]
     codes = _constant(value)
-    if codes is None or codes.dtype != np.int8 or not codes.size or codes.min() < -8 or codes.max() > 7:
-        return
     zero = _zero_of(node)
-    for held, array in ((value, codes), (node.inputs[2] if zero is not None else None, zero)):
-        if held is not None and array is not None:
-            held.const_value = ir.tensor(array.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=held.name)
-            held.type = ir.TensorType(ir.DataType.INT4)
+    held = [part for part in (codes, zero) if part is not None]
+    if codes is None or any(part.dtype != np.int8 or not part.size or part.min() < -8 or part.max() > 7 for part in held):
+        return
+    value.const_value = ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=value.name)
+    value.type = ir.TensorType(ir.DataType.INT4)
+    if zero is not None:  # others may read the same zero points as bytes
+        node.replace_input_with(2, _kept(model, f"{node.inputs[2].name}_4bit", zero.astype(ml_dtypes.int4)))
