@@ -170,7 +170,7 @@ class Integer(Technique):
 
     steps: Literal["fitted", "learned"] = Field(
         default="fitted",
-        description="in training: scales follow from the weights (with rounding: nearest; else they stay), or are trained with them",
+        description="in training: scales follow from the weights (rounding: nearest; else they stay), or are trained with them",
     )
     keep: str = Field(
         default="", pattern=r"^[\w.,]*$", description="modules whose tensors stay as they are: their paths, with commas between"
