@@ -84,8 +84,7 @@ WAYS: dict[str, Technique | Mixed | None] = {
 }
 PEERS: dict[str, dict[str, Any]] = {
     "gptqmodel": {"sym": False, "desc_act": True},
-    # its light preset with half the batch: 200 iterations, its default, take over an hour of one core
-    "auto-round": {"sym": False, "iters": 50, "lr": 5e-3, "batch": 4, "compile": False},
+    "auto-round": {"sym": False, "compile": False},  # 200 iterations: two minutes of a GPU, over an hour of one core
 }
 GROUPS = 32, 128
 
@@ -174,11 +173,11 @@ def write(model: Any, tokenizer: Any, windows: Tensor, folder: Path) -> None:
     save_file({"windows": windows.clone()}, folder / "windows.safetensors")
 
 
-def quantized_by(peer: str, python: str, group: int, model: nn.Module, work: Path) -> tuple[nn.Module, dict[str, Any]]:
+def quantized_by(peer: str, python: str, device: str, group: int, model: nn.Module, work: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A copy whose linear layers hold what the peer makes of them, and what it says about itself."""
     from safetensors.torch import load_file
 
-    setting = {"group": group, **PEERS[peer]}
+    setting = {"group": group, "device": device, **PEERS[peer]}
     weights, said = work / f"{peer}-{group}.safetensors", work / f"{peer}-{group}.json"
     if not said.exists():
         command = [python, str(WORKER), peer, str(work / "model"), str(weights), json.dumps(setting)]
@@ -203,6 +202,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=GROUPS, help="of the peers")
+    parser.add_argument("--peer-device", default="cpu", help="where they compute: cpu, cuda")
     parser.add_argument("--work", type=Path, help="where peers find the model and leave what they make of it")
     parser.add_argument("--statistics", type=Path, help="keep the calibration statistics in this file, or take them from it")
     parser.add_argument("--threads", type=int, default=2)
@@ -252,7 +252,7 @@ def main() -> None:
             way = f"int4, groups of {group}, {peer}"
             if way in results["ways"]:
                 continue
-            network, said = quantized_by(peer, python, group, model, given.work)
+            network, said = quantized_by(peer, python, given.peer_device, group, model, given.work)
             bits = 4 + 20 / group
             keep(results, way, {"perplexity": perplexity(network, test), "bits_per_weight": bits, "plain_bits": bits, **said})
 

@@ -30,7 +30,7 @@ def auto_round(folder, windows, setting):
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(size)]
     peer = AutoRound(
         model, AutoTokenizer.from_pretrained(folder), bits=BITS, group_size=setting["group"], sym=setting["sym"],
-        dataset=batches, nsamples=len(windows), seqlen=windows.shape[1], batch_size=size, device_map="cpu",
+        dataset=batches, nsamples=len(windows), seqlen=windows.shape[1], batch_size=size, device_map=setting["device"],
         iters=setting.get("iters", 200), lr=setting.get("lr"), enable_torch_compile=setting.get("compile", True),
     )  # fmt: skip
     quantized, _ = peer.quantize()
@@ -42,7 +42,7 @@ def gptqmodel(folder, windows, setting):
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
-        bits=BITS, group_size=setting["group"], sym=setting["sym"], desc_act=setting["desc_act"], device="cpu"
+        bits=BITS, group_size=setting["group"], sym=setting["sym"], desc_act=setting["desc_act"], device=setting["device"]
     )
     peer = GPTQModel.load(folder, config, backend=BACKEND.TORCH)
     peer.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows], batch_size=1)
