@@ -131,7 +131,7 @@ def language(found: Any) -> list[tuple[str, str]]:
             how = f", {one['iters']} iterations, batches of {one['batch']}" if "iters" in one else ""
             peers.append(f"{way} {one['version']}{how}: {figures}")
         else:
-            ways.append(f"{way}: {figures}" + (f" ({one['plain_bits']:.3g} uncoded)" if one["plain_bits"] else ""))
+            ways.append(f"{way}: {figures}" + (f" ({one['plain_bits']:.4g} uncoded)" if one["plain_bits"] else ""))
     title = f"{found['model'].partition('-Instruct')[0]}, prose, perplexity (original {base:.2f}) and bits per linear weight"
     rows = [(f"{title}, coded", "; ".join(ways))]
     return rows + [(f"{title}, other packages, same model and windows", "; ".join(peers))] if peers else rows

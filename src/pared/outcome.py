@@ -19,6 +19,7 @@ import pared
 from pared import artifact
 from pared.budget import damage
 from pared.budget.allocate import curve
+from pared.budget.options import N_MEASURED
 from pared.job import Job
 from pared.measurement import Measurement
 from pared.search import Search, margin
@@ -26,6 +27,9 @@ from pared.site import duplicate
 from pared.task import batch_size
 from pared.technique import value_at
 from pared.trials import Trial
+
+MEASURED, MEASURED_MACS = (8, 48), 1e13
+"""How many options are measured one by one at the end, at least and at most, and the multiply-adds that may take."""
 
 
 def describe(
@@ -73,7 +77,7 @@ def describe(
             for option in search.first_options
             if option.technique is not None
         ],
-        "predicted_measured": _predicted_measured(best, job),
+        "predicted_measured": _predicted_measured(best, job, after.macs),
         "curve": [{"bytes": bits / 8, "damage": damage} for bits, damage in _curve(best)],
         "trials": [trial.row(trial is best) for trial in search.trials.done],
         "training": best.history,
@@ -150,11 +154,13 @@ def _untouched(best: Trial, job: Job, search: Search) -> list[dict[str, Any]]:
     return rows
 
 
-def _predicted_measured(best: Trial, job: Job, most: int = 48) -> list[dict[str, Any]]:
+def _predicted_measured(best: Trial, job: Job, macs: float) -> list[dict[str, Any]]:
+    """The options that harm most, each measured by itself: fewer of a network that takes many multiply-adds an example."""
     if best.way.graph is not None:  # what layers make up for is in the prediction, but not in a cut alone
         return []
-    chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:most]
-    batches = damage.held_out(job.task, 64)
+    n_options = int(min(max(MEASURED_MACS / (N_MEASURED * max(macs, 1.0)), MEASURED[0]), MEASURED[1]))
+    chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:n_options]
+    batches = damage.held_out(job.task, N_MEASURED)
     references = damage.references(best.way.model, job.task, batches)
     twin = duplicate(best.way.model)
     rows = []
