@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import os
@@ -54,11 +55,13 @@ class Mixed:
     cost is seen with the nearest codes, and the ones that are taken are compensated."""
 
     bits: float
+    schemes: tuple[str, ...] = ("symmetric",)
 
     def within(self, sites: list[Site], statistics: Statistics) -> dict[str, Technique]:
         """By the path of the weight."""
         options = []
-        for technique in (Integer(bits=bits, group=group) for bits in (3, 4, 5, 6) for group in (32, 64, 128)):
+        for scheme, bits, group in itertools.product(self.schemes, (3, 4, 5, 6), (32, 64, 128)):
+            technique = Integer(bits=bits, group=group, scheme=scheme)
             for site in sites:
                 structure, parts = technique.solve(site, statistics)
                 stored, damage = plain_bits(technique, site), technique.damage(site, parts, statistics)
@@ -79,6 +82,7 @@ WAYS: dict[str, Technique | Mixed | None] = {
     "int4, groups of 128, compensated": Integer(bits=4, group=128, rounding="compensated"),
     "int4, groups of 128, affine, compensated": Integer(bits=4, group=128, scheme="affine", rounding="compensated"),
     "integers, 4.625 bits, by the allocator": Mixed(4.625),
+    "integers, some affine, 4.625 bits, by the allocator": Mixed(4.625, ("symmetric", "affine")),
     "integers, 4.156 bits, by the allocator": Mixed(4.15625),
     **{f"rate-distortion, slope {slope:g}": RateDistortion(slope=slope) for slope in (1.6e-10, 3e-10, 1e-9, 3e-9, 1e-8)},
 }

@@ -250,6 +250,21 @@ def lossless(found: Any) -> list[tuple[str, str]]:
     return rows + [(f"Lossless, {row['name']}, the command", command(row)) for row in found["rows"] if row["kind"] == "as it is"]
 
 
+def rethinking(found: Any) -> list[tuple[str, str]]:
+    """The fine-tuned network beside the same architecture from random weights."""
+    methods: dict[str, list[float]] = {}
+    for run in found["runs"]:
+        how = "fine-tuned" if run["epochs"] is None else f"{run['method']}, {run['epochs']} epochs"
+        methods.setdefault(how, []).append(100 * run["accuracy"])
+    told = [
+        f"{how} {sum(values) / len(values):.2f} %" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+        for how, values in methods.items()
+    ]
+    name = found["model"].partition(":")[0].removesuffix(".py").replace("_", " ")
+    title = f"Worth pruning? Test accuracy of {name} at {found['macs']} fewer MACs (original {100 * found['accuracy']:.2f} %)"
+    return [(title, "; ".join(told))]
+
+
 def channels(found: Any) -> list[tuple[str, str]]:
     """One row per number of epochs and of MACs: every method beside the others."""
     cases: dict[tuple[int, float], dict[str, list[float]]] = {}
@@ -321,6 +336,7 @@ SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
     "lenet_300_100": lenet("LeNet-300-100"),
     "lenet_5": lenet("LeNet-5"),
     "channels": channels,
+    "rethinking": rethinking,
     "coverage": coverage,
     "coders": coders,
     "damage": damage,
