@@ -87,7 +87,7 @@ def test_what_a_field_takes_is_said_in_words(annotation: Any, field: Any, words:
         (Integer, {"bits": "many"}, "quantize.integer.bits must be an int in [2, 8], got 'many' (recipe.yaml, step 2)"),
         (Integer, {"group": 1}, 'quantize.integer.group must be an int of 2 or more, "tensor" or "channel", got 1 (rec'),
         (Integer, {"bitz": 4}, "quantize.integer has no setting bitz; did you mean bits? (recipe.yaml, step 2)"),
-        (Integer, {"zzz": 4}, "quantize.integer has no setting zzz; its settings are bits, group, tensors, rou"),
+        (Integer, {"zzz": 4}, "quantize.integer has no setting zzz; its settings are bits, scheme, group, tens"),
         (Magnitude, {}, "prune.magnitude: sparsity must be given with the pattern unstructured (recipe.yaml, step 2)"),
         (LowRank, {"rank": 0}, "factor.low_rank.rank must be an int of 1 or more, got 0 (recipe.yaml, step 2)"),
     ],
