@@ -65,6 +65,21 @@ def test_it_does_there_what_it_does_here(technique):
     assert lost_there < 1.5 * lost + 1e-3, (lost, lost_there)
 
 
+@pytest.mark.parametrize("ending", ["onnx", "xml"])
+def test_a_network_there_is_exported_and_stays_there(ending, tmp_path):
+    pytest.importorskip("onnxscript")
+    if ending == "xml":
+        pytest.importorskip("openvino")
+    trained = net("convolution")
+    with elsewhere():
+        model = trained.copy().cuda()
+        pared.export(model, tmp_path / f"net.{ending}", to="openvino" if ending == "xml" else "onnx", example=trained.inputs.cuda())
+        assert next(model.parameters()).is_cuda
+    with torch.no_grad():
+        expected = trained.model(trained.inputs)
+    assert likeness(torch.from_numpy(pared.run(tmp_path / f"net.{ending}", trained.inputs.numpy())), expected) > 0.9999
+
+
 SMALL = {"any_of": [{"quantize.integer": {"bits": [4, 8], "tensors": "matrices"}}], "train": {"epochs": 1}}
 GATES = {"prune.l0_channels": {"keep": 0.6}, "train": {"epochs": 1}}
 RUNS = {

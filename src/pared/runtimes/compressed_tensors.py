@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from pared.errors import ExportError, InputError, MissingExtra
 from pared.lowered import Dequantized
+from pared.runtimes.example import on_the_processor
 from pared.runtimes.lower import lowered
 from pared.runtimes.quiet import first_line
 from pared.site import Decoded, plain
@@ -50,7 +50,7 @@ def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str
         raise InputError(f"compressed-tensors are for models of transformers, got {name}; load the file into its class")
     _transformers()
     model_plain = plain(model).eval().cpu()
-    args, kwargs = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    args, kwargs = on_the_processor((args, kwargs))
     times = Counter(id(weight) for _, weight in model_plain.named_parameters(remove_duplicate=False))
     held = {}
     for name, module in lowered(model).cpu().named_modules():

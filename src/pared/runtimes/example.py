@@ -35,6 +35,12 @@ def example_of(model: nn.Module, n: int | None = None) -> Call:
     return resized(call, batch_size_of(call), n) if n is not None and free else call
 
 
+def on_the_processor(call: Call) -> Call:
+    """The call with its tensors where runtimes read them."""
+    moved: Call = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, call)
+    return moved
+
+
 def batch_size_of(call: Call) -> int:
     """The first axis of the first tensor; 0 if there is none."""
     leaves = (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.ndim)

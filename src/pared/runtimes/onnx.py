@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from pared.errors import ExportError, InputError, MissingExtra
 from pared.measurement.mode import without_fused_attention_layers
 from pared.runtimes import onnxruntime, translation
-from pared.runtimes.example import Call, batch_size_of, resized
+from pared.runtimes.example import Call, batch_size_of, on_the_processor, resized
 from pared.runtimes.lower import lowered
 from pared.runtimes.quiet import first_line, quiet
 from pared.site import plain
@@ -61,7 +61,7 @@ def export(
     for package in ("onnx", "onnxscript"):
         _imported(package)
     network, reference = lowered(model).cpu(), plain(model).eval().cpu()
-    args, kwargs = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    args, kwargs = on_the_processor((args, kwargs))
     size = batch_size_of((args, kwargs))
     with tempfile.TemporaryDirectory(prefix=".pared-", dir=folder_of(path)) as folder:
         # an axis of length one would be taken for a constant

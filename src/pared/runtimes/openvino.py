@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pared.errors import ExportError, InputError, MissingExtra
+from pared.runtimes.example import on_the_processor
 from pared.runtimes.quiet import first_line, quiet
 from pared.site import plain
 
@@ -59,6 +60,7 @@ def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str
 
     if path.suffix != ".xml":
         raise InputError(f"OpenVINO's files are called NAME.xml and NAME.bin, got {path.name}; end the name in .xml")
+    args, kwargs = on_the_processor((args, kwargs))
     with tempfile.TemporaryDirectory(prefix=".pared-", dir=onnx.folder_of(path)) as folder:
         draft, between = Path(folder) / path.name, Path(folder) / "model.onnx"
         written = onnx.export(model, between, args, kwargs, opset)
