@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -87,7 +88,7 @@ class Site:
         if self.kind == "tensor":
             return self.tensor.device
         held = self.module if self.kind == "module" else self.root
-        tensor = next(iter([*held.parameters(), *held.buffers()]), None)
+        tensor = next(itertools.chain(held.parameters(), held.buffers()), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
@@ -107,10 +108,10 @@ class Site:
     def on_meta(self) -> Site:
         """The same site with shapes and no values: what `build` may look at."""
         if self.kind == "channels":
-            return replace(self, root=_meta_copy(self.root))
+            return replace(self, root=meta_copy(self.root))
         if self.kind == "module":
             holder = nn.Module()
-            holder.add_module("site", _meta_copy(self.module))
+            holder.add_module("site", meta_copy(self.module))
             held = [*self.module.named_parameters(), *self.module.named_buffers()]
             covers = tuple(f"site.{name}" for name, tensor in held if id(tensor) in self.covered)
             return Site(holder, ("site",), "module", covers, self.positions)
@@ -127,12 +128,15 @@ class Site:
         return Site(shell, (self.name,), "tensor", (self.name,), self.positions)
 
 
-def _meta_copy(module: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no values."""
     memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    return copy.deepcopy(module, memo)
+    for module in model.modules():
+        for item in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+            if isinstance(item, Tensor):
+                meta = torch.empty_like(item, device="meta")
+                memo[id(item)] = nn.Parameter(meta, item.requires_grad) if isinstance(item, nn.Parameter) else meta
+    return copy.deepcopy(model, memo)
 
 
 def _shell(owner: nn.Module, name: str, value: Tensor) -> nn.Module:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from pared.collector import paused
 from pared.errors import ArtifactError, InputError, ParedError
 from pared.graph import Program
 from pared.record import Record, attach_
-from pared.site import Decoded
+from pared.site import Decoded, meta_copy
 
 FREE_BYTES = 1 << 30
 LARGEST_GROWTH = 1000
@@ -209,7 +207,7 @@ class Contents:
 
     def _check_fit(self, model: nn.Module) -> None:
         """Replay the edits on a copy without values and compare all tensors; the model itself is not touched."""
-        twin = _meta_copy(model)
+        twin = meta_copy(model)
         for edit in self.manifest.edits:
             try:
                 edit.replay_(twin)
@@ -224,17 +222,6 @@ class Contents:
         for path, kind in found.items():
             if path not in expected:
                 raise _Mismatch(f"the model holds {path} ({kind}), which the file lacks")
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and no values."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for item in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
-            if isinstance(item, Tensor):
-                meta = torch.empty_like(item, device="meta")
-                memo[id(item)] = nn.Parameter(meta, item.requires_grad) if isinstance(item, nn.Parameter) else meta
-    return copy.deepcopy(model, memo)
 
 
 def _check_slot(path: str, slot: Tensor, value: Tensor) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pared.errors import ArtifactError
 from pared.graph.call import Call, Size, Work
 from pared.graph.ids import Ids
 from pared.graph.interpret import watch
@@ -35,7 +36,7 @@ class Axes:
     Args:
         program: as traced.
         root: holds its states.
-        args, kwargs: an example call; it is run once, for the shapes.
+        args, kwargs: an example call, for the shapes.
     """
 
     def __init__(self, program: Program, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -47,7 +48,10 @@ class Axes:
         self.sizes: list[Size] = []
         self.origins: dict[str, list[np.ndarray]] = {}
         self._near = ""
-        watch(program, root, args, kwargs, self._see)
+        try:
+            watch(program, root, args, kwargs, self._see, torch.device("meta"))
+        except ArtifactError:
+            watch(program, root, args, kwargs, self._see)
         self.batch = next((shape[0] for shape in self.shapes[: len(program.inputs)] if shape), 1)
         self._inputs()
         for k, node in enumerate(program.nodes):

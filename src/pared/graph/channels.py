@@ -24,7 +24,7 @@ from pared.graph.operators import Ref, find
 from pared.graph.program import Node, Program
 from pared.graph.provenance import Provenance
 from pared.graph.sizes import Sizes
-from pared.graph.trace import trace
+from pared.graph.trace import few, trace
 from pared.site import duplicate
 
 TOLERANCE = 1e-4
@@ -48,7 +48,7 @@ class Channels:
 
     Args:
         model: in eval mode; it is not changed.
-        args, kwargs: an example call.
+        args, kwargs: an example call; of a batch that is free, two examples are used.
         rewrite: groups whose sizes the model's code computes for itself may be cut too: the model then runs as its
             program, no longer as its code.
 
@@ -59,14 +59,15 @@ class Channels:
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, rewrite: bool = False
     ) -> None:
-        self.model, self.args, self.kwargs, self.rewrite = model, args, dict(kwargs or {}), rewrite
-        self.program = trace(model, args, self.kwargs)
-        self.axes = Axes(self.program, held(model, self.program), args, self.kwargs)
+        self.model, self.rewrite = model, rewrite
+        self.program = trace(model, args, kwargs)
+        self.args, self.kwargs = few(model, self.program, args, kwargs)
+        self.axes = Axes(self.program, held(model, self.program), self.args, self.kwargs)
         self.trials = 0
         self._tied: set[str] = set()
         self._sizes = Sizes(model, self.axes)
         if not rewrite:
-            self._sizes.relate(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
+            self._sizes.relate(Provenance(self.program, self.axes.shapes, model, self.args, self.kwargs))
         self._find()
         self._settle()
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from pared.graph.operators import Ref
 from pared.graph.program import Program
+from pared.site import meta_copy
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,10 @@ class Provenance:
         self, program: Program, shapes: list[Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         self.program, self.shapes = program, shapes
-        watch = _Watch()
-        Number.compared.clear()
-        with _remembering(model), torch.no_grad(), _transparent(), watch:
-            model(*_clones(args), **_clones(kwargs))
-        self.calls = watch.calls
+        try:
+            self.calls = _calls(meta_copy(model), _on_meta(args), _on_meta(kwargs))
+        except Exception:  # whatever the model's code asks of its values that only real ones have
+            self.calls = _calls(model, _clones(args), _clones(kwargs))
         self._compared = list(Number.compared)
         self.values = self._align()
 
@@ -175,6 +175,14 @@ class Provenance:
             return Combined(origin.op, self._resolved(origin.left), self._resolved(origin.right), origin.sizes)
         found: Origin = origin
         return found
+
+
+def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[_Called]:
+    watch = _Watch()
+    Number.compared.clear()
+    with _remembering(model), torch.no_grad(), _transparent(), watch:
+        model(*args, **kwargs)
+    return watch.calls
 
 
 def _common(a: list[Any], b: list[Any]) -> list[tuple[int, int]]:
@@ -320,6 +328,10 @@ def _remembering(model: nn.Module) -> Iterator[None]:
     finally:
         for held, name, value in before:
             held[name] = value
+
+
+def _on_meta(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _clones(tree: Any) -> Any:
