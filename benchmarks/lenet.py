@@ -3,6 +3,7 @@
     python benchmarks/lenet.py --net lenet_300_100 --size 41x --epochs 40
     python benchmarks/lenet.py --net lenet_5 --size 45x --epochs 13
     python benchmarks/lenet.py --net lenet_300_100 --data mnist-5k --size 100x --epochs 200 --seeds 0
+    python benchmarks/lenet.py --net lenet_5 --data mnist:DIR --size 150x --epochs 40
 
 Every seed trains its own original (examples/train_fashion_mnist.py), compresses it to the size given with the recipe
 entropy-constrained, and touches the test set once. Settings were chosen on splits of the training set with
@@ -34,10 +35,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 
 def name(net: str, data: str) -> str:
-    return net if data == "fashion-mnist" else f"{net}-{data}"
+    kind = data.partition(":")[0]
+    return net if kind == "fashion-mnist" else f"{net}-{kind}"
 
 
-def original(net: str, data: str, seed: int) -> torch.nn.Module:
+def original(net: str, data: str, seed: int, device: str) -> torch.nn.Module:
     import lenet
 
     weights = ROOT / "examples" / "weights" / f"{name(net, data)}-seed{seed}.safetensors"
@@ -47,7 +49,7 @@ def original(net: str, data: str, seed: int) -> torch.nn.Module:
         subprocess.run([sys.executable, script, *chosen], check=True)
     model = getattr(lenet, net)()
     model.load_state_dict(load_file(weights))
-    return model.eval().to(memory_format=torch.channels_last)  # convolutions are twice as fast on a CPU
+    return model.eval().to(device, memory_format=torch.channels_last)  # convolutions are twice as fast on a CPU
 
 
 def mirrored(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -56,10 +58,10 @@ def mirrored(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.where(chosen[:, None, None, None], inputs.flip(3), inputs)
 
 
-def one(net: str, data: str, seed: int, size: str, epochs: int) -> dict[str, object]:
-    model = original(net, data, seed)
+def one(net: str, data: str, seed: int, size: str, epochs: int, device: str) -> dict[str, object]:
+    model = original(net, data, seed, device)
     task = sources.data(data, model, seed=seed).task
-    if data == "fashion-mnist":  # digits are not mirrored
+    if data.startswith("fashion-mnist"):  # digits are not mirrored
         task.train.augment = mirrored
     document = recipes.load("entropy-constrained").to_dict()
     document["steps"][0]["train"].update(epochs=epochs, tune_epochs=max(1, epochs // 10))
@@ -90,11 +92,12 @@ def say(event: dict[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=("lenet_300_100", "lenet_5"), required=True)
-    parser.add_argument("--data", choices=("fashion-mnist", "mnist-5k"), default="fashion-mnist")
+    parser.add_argument("--data", default="fashion-mnist", help="fashion-mnist[:DIR], mnist:DIR or mnist-5k")
     parser.add_argument("--size", required=True)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -103,7 +106,7 @@ def main() -> None:
         path = arguments.results / f"{stem}-seed{seed}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         if found.get("size") != arguments.size:
-            found = one(arguments.net, arguments.data, seed, arguments.size, arguments.epochs)
+            found = one(arguments.net, arguments.data, seed, arguments.size, arguments.epochs, arguments.device)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found), flush=True)
@@ -111,7 +114,7 @@ def main() -> None:
     rows = [row for row in rows if row["size"] == arguments.size]
     summary = {
         "net": arguments.net,
-        "data": arguments.data,
+        "data": arguments.data.partition(":")[0],
         "seeds": len(rows),
         "ratio_median": statistics.median(row["ratio"] for row in rows),
         "file_bytes_median": statistics.median(row["file_bytes"] for row in rows),

@@ -1,4 +1,4 @@
-"""Train LeNet-300-100 or LeNet-5 on Fashion-MNIST, from random weights, in plain PyTorch.
+"""Train LeNet-300-100 or LeNet-5 on Fashion-MNIST (or, with --data, on MNIST), from random weights, in plain PyTorch.
 
     python examples/train_fashion_mnist.py --net lenet_300_100      # at least 90.0 % test accuracy, about a minute
     python examples/train_fashion_mnist.py --net lenet_5            # at least 91.5 %, a few minutes

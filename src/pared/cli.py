@@ -26,8 +26,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="digits, mnist-5k, fashion-mnist[:DIR], photographs, folder:DIR, npz:FILE, text:FILE, hf:NAME or FILE.py:FUNCTION; "
-        "not needed where MODEL's function returns (model, task)",
+        help="digits, mnist-5k, mnist:DIR, fashion-mnist[:DIR], photographs, folder:DIR, npz:FILE, text:FILE, hf:NAME or "
+        "FILE.py:FUNCTION; not needed where MODEL's function returns (model, task)",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where the network is calibrated, trained and measured: cpu, cuda, cuda:1.")]

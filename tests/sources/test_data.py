@@ -11,7 +11,8 @@ from torch import nn
 
 from pared import sources
 from pared.errors import InputError
-from pared.sources.fashion_mnist import DEFAULT_FOLDER, read_idx
+from pared.sources.fashion_mnist import DEFAULT_FOLDER
+from pared.sources.idx import read_idx
 from pared.sources.images import opened
 from pared.sources.loader import ArrayLoader
 from pared.task import Task
@@ -70,8 +71,9 @@ def idx_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_fashion_mnist_is_read_from_any_folder_plain_or_gzipped(idx_folder):
-    task = sources.data(f"fashion-mnist:{idx_folder}").task
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_idx_files_are_read_from_any_folder_plain_or_gzipped(idx_folder, name):
+    task = sources.data(f"{name}:{idx_folder}").task
     assert {name: part.n_examples for name, part in _parts(task).items()} == {"train": 10, "val": 5000, "test": 20}
     pixels = read_idx(idx_folder / "t10k-images-idx3-ubyte.gz")
     assert torch.equal(_images(task.test), torch.from_numpy(pixels).unsqueeze(1).float() / 255)
@@ -89,6 +91,14 @@ def test_a_missing_file_is_named_with_the_package_that_brings_it(idx_folder):
     (idx_folder / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte\[.gz\].*dataset-fashion-mnist.*fashion-mnist:DIR"):
         sources.data(f"fashion-mnist:{idx_folder}")
+
+
+def test_mnist_wants_a_folder(idx_folder):
+    with pytest.raises(InputError, match="mnist:DIR"):
+        sources.data("mnist")
+    (idx_folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte\[.gz\].*four files of MNIST: mnist:DIR"):
+        sources.data(f"mnist:{idx_folder}")
 
 
 @pytest.mark.parametrize(

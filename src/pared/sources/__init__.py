@@ -21,10 +21,10 @@ __all__ = ["ArrayLoader", "Data", "Facts", "ImageFormat", "data", "facts_of", "m
 
 _MODEL_FORMS = "timm:NAME, hf:NAME, FILE.py:FUNCTION, FILE.pt2 or FILE.pared"
 _DATA_FORMS = (
-    "digits, mnist-5k, fashion-mnist[:DIR], photographs, folder:DIR, npz:FILE, text:FILE, hf:NAME or FILE.py:FUNCTION"
+    "digits, mnist-5k, mnist:DIR, fashion-mnist[:DIR], photographs, folder:DIR, npz:FILE, text:FILE, hf:NAME or FILE.py:FUNCTION"
 )
 _BY_SUFFIX = {".py": "python_file", ".pt2": "exported", ".pared": "artifact"}
-_NOT_NAMED = {*_BY_SUFFIX.values(), "contents", "images", "loader", "torchvision_schemas"}
+_NOT_NAMED = {*_BY_SUFFIX.values(), "contents", "idx", "images", "loader", "torchvision_schemas"}
 
 
 def model(spec: str) -> tuple[nn.Module, Facts]:
@@ -52,7 +52,7 @@ def data(
     """The data that `spec` names, split into train, validation and test.
 
     Args:
-        spec: `digits`, `mnist-5k`, `fashion-mnist[:DIR]`, `photographs`, `folder:DIR`, `npz:FILE`, `text:FILE`,
+        spec: `digits`, `mnist-5k`, `mnist:DIR`, `fashion-mnist[:DIR]`, `photographs`, `folder:DIR`, `npz:FILE`, `text:FILE`,
             `hf:NAME` or `FILE.py:FUNCTION`.
         model: the model they are for; gives the size and normalisation of images, and the tokenizer.
         batch_size: examples per batch; every source has its own default.
