@@ -276,22 +276,45 @@ def _kept(model: Any, name: str, array: np.ndarray) -> Any:
 
 
 def _strip(model: Any) -> None:
-    """Drop what no runtime reads: where in the code each node comes from, shapes that follow from others, unused numbers."""
+    """Drop what no runtime reads: where in the code each node comes from, what follows from the rest, unused numbers."""
     results = set(model.graph.outputs)
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+        _spare(node, model.opset_imports.get(node.domain))
         for value in node.outputs:
             value.metadata_props.clear()
             if value not in results:
                 value.shape, value.type = None, None
     for name, value in list(model.graph.initializers.items()):
         value.metadata_props.clear()
+        value.shape, value.type = None, None
         if not value.uses() and value not in results:
             del model.graph.initializers[name]
         elif (short := _short(name)) not in model.graph.initializers:
             value.name = short
     model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _spare(node: Any, opset: int | None) -> None:
+    """Drop attributes that say what the operator does without them."""
+    import onnx
+
+    if opset is None or not onnx.defs.has(node.op_type, opset, node.domain):
+        return
+    known = onnx.defs.get_schema(node.op_type, opset, node.domain).attributes
+    rounds = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    scale = _constant(node.inputs[1]) if rounds else None
+    if rounds:
+        node.name = ""
+    for name, attribute in list(node.attributes.items()):
+        default = known[name].default_value if name in known else None
+        value = attribute.value.encode() if isinstance(attribute.value, str) else attribute.value
+        implied = default is not None and default.type and onnx.helper.get_attribute_value(default) == value
+        ones = name in ("strides", "dilations") and node.op_type.startswith("Conv") and set(value) == {1}
+        if implied or ones or (name == "axis" and scale is not None and scale.ndim == 0):
+            del node.attributes[name]
 
 
 def _short(name: str) -> str:
