@@ -18,7 +18,7 @@ START = "<!-- results: written by benchmarks/tables.py from benchmarks/results/*
 END = "<!-- end of results -->"
 
 
-def lenet(title: str) -> Callable[[Any], list[tuple[str, str]]]:
+def lenet(title: str, data: str) -> Callable[[Any], list[tuple[str, str]]]:
     def rows(found: Any) -> list[tuple[str, str]]:
         runs = found["runs"]
         drops = [run["drop_pp"] for run in runs]
@@ -26,7 +26,7 @@ def lenet(title: str) -> Callable[[Any], list[tuple[str, str]]]:
         accuracy = f"{100 * found['accuracy_before_median']:.2f} → {100 * found['accuracy_after_median']:.2f} %"
         return [
             (
-                f"{title}, Fashion-MNIST, {found['seeds']} seed{'s' * (found['seeds'] > 1)}",
+                f"{title}, {data}, {found['seeds']} seed{'s' * (found['seeds'] > 1)}",
                 f"{found['ratio_median']:.1f}x smaller ({found['file_bytes_median'] / 1e3:.1f} kB, everything in it); test "
                 f"accuracy {accuracy}, median drop {found['drop_pp_median']:.2f} pp (each seed, 95 % interval: {each})",
             )
@@ -333,8 +333,10 @@ def low_bits(found: Any) -> list[tuple[str, str]]:
 
 
 SOURCES: dict[str, Callable[[Any], list[tuple[str, str]]]] = {
-    "lenet_300_100": lenet("LeNet-300-100"),
-    "lenet_5": lenet("LeNet-5"),
+    "lenet_300_100": lenet("LeNet-300-100", "Fashion-MNIST"),
+    "lenet_5": lenet("LeNet-5", "Fashion-MNIST"),
+    "lenet_300_100-mnist": lenet("LeNet-300-100", "MNIST"),
+    "lenet_5-mnist": lenet("LeNet-5", "MNIST"),
     "channels": channels,
     "rethinking": rethinking,
     "coverage": coverage,
