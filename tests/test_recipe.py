@@ -20,7 +20,7 @@ def test_choices_inside_a_chain_multiply():
     assert all(isinstance(candidate, Chain) for candidate in candidates)
 
 
-SHIPPED = ["default", "deep-compression", "entropy-constrained", "low-rank-int8", "smallest", "channels", "int8"]
+SHIPPED = ["default", "deep-compression", "entropy-constrained", "low-rank-int8", "smallest", "channels", "int8", "int4"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -177,19 +178,35 @@ def bench(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pared file.")],
-    to: Annotated[str, typer.Option("--to", help="onnx, openvino, or safetensors: the decoded weights alone")] = "onnx",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="onnx, openvino, compressed-tensors (with --model hf:NAME), or safetensors: the decoded weights alone"
+        ),
+    ] = "onnx",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with the runtime's ending.")] = None,
+    model: Annotated[str | None, typer.Option(help="MODEL that FILE was made from: FILE is loaded into its class.")] = None,
     opset: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Export a file for a runtime, checked against our own output."""
-    from pared import artifact, runtimes
+    from pared import artifact, runtimes, sources
+    from pared.sources.text import loaded_tokenizer
 
-    target = out or file.with_suffix(".xml" if to == "openvino" else f".{to}")
+    target = out or file.with_suffix({"openvino": ".xml", "compressed-tensors": ""}.get(to, f".{to}"))
     if to == "safetensors":
         artifact.unpack(file, target)
         typer.echo(f"{target}: {target.stat().st_size / 1e6:.3f} MB")
         return
-    written = runtimes.export(file, target, to=to, opset=opset)
+    if model is None and to == "compressed-tensors":
+        raise InputError("compressed-tensors are for a class of transformers; say which with --model hf:NAME")
+    if model is None:
+        written = runtimes.export(file, target, to=to, opset=opset)
+    else:
+        net, facts = sources.model(model)
+        written = runtimes.export(artifact.load(file, net), target, to=to, opset=opset)
+        if to == "compressed-tensors" and facts.tokenizer is not None:
+            with contextlib.suppress(InputError):  # a network without a tokenizer is exported all the same
+                loaded_tokenizer(facts).save_pretrained(target)
     typer.echo(f"{target}: {written.file_bytes / 1e6:.3f} MB, error {written.max_relative_error:.2g} of the largest output")
 
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pared
 from pared import quantize
+from pared.cli import app
 from pared.errors import InputError
 from pared.runtimes.compressed_tensors import packed
 from pared.sources.torchvision_schemas import declare_missing_schemas
@@ -57,6 +59,28 @@ def test_what_is_in_the_folder_stays_and_short_types_are_written(language, tmp_p
     (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="holds other weights"):
         pared.export(small, tmp_path / "folder", to="compressed-tensors")
+
+
+def test_a_file_is_exported_by_command_with_the_class_and_tokenizer_of_its_model(language, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    model, task = language
+    model.save_pretrained(tmp_path / "dense")
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "dense")
+    small = pared.apply(model, task, quantize.Integer(bits=4, group=32, tensors="matrices"))
+    pared.save(small, tmp_path / "small.pared")
+    arguments = ["export", str(tmp_path / "small.pared"), "--to", "compressed-tensors"]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, InputError) and "--model hf:NAME" in str(refused.exception)
+    done = CliRunner().invoke(app, [*arguments, "--model", f"hf:{tmp_path / 'dense'}"], catch_exceptions=False)
+    assert done.exit_code == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    ids = torch.randint(0, 100, (3, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, small(ids).logits, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "small")("b")["input_ids"] == [1]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
