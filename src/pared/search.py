@@ -108,9 +108,15 @@ class Search:
 
     def __init__(self, job: Job, statistics: Statistics, trials: Trials) -> None:
         self.job, self.statistics, self.trials = job, statistics, trials
-        self.refusals: list[Refusal] = []
         self.first_options: list[Option] = []
         """What the recipe's first step could do."""
+        self._first_refusals: list[Refusal] = []
+        self._first_offers: Offers | None = None
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Where and why the recipe's first step left a site alone, up to now: more may be tried while plans are made."""
+        return self._first_refusals if self._first_offers is None else self._first_offers.refusals
 
     def find(self) -> Found:
         """The best trial for what is asked.
@@ -174,7 +180,7 @@ class Search:
         else:
             found, refusals = options(model, list(step.candidates), statistics, job.task, progress=job.progress)
         if index == 0:
-            self.refusals = refusals
+            self._first_refusals, self._first_offers = refusals, offers
             self.first_options = found
         if index == len(job.steps) - 1:
             covered = set() if graph else {path for option in found for path in option.site.covers}

@@ -11,7 +11,8 @@ import pared
 from pared.budget.observe import observe
 from pared.errors import RecipeError
 from pared.place import everywhere, relax_, settle_
-from pared.quantize.integer import Integer, Stepped, _fitted, _only_use
+from pared.quantize.integer import Integer, Stepped
+from pared.rounding import fitted_scales, only_use
 from pared.site import Site, install_
 from pared.statistics import Curvature, Diagonal, Kronecker, Layout, Statistics
 from pared.task import Task
@@ -296,7 +297,7 @@ def test_compensated_rounding_finds_nearly_the_best_of_all_codes() -> None:
 def test_scales_are_fitted_to_the_codes_as_exactly_as_by_solving_for_them() -> None:
     torch.manual_seed(0)
     value, curvature = torch.randn(6, 8), crossed(6, 8)
-    use = _only_use(curvature)
+    use = only_use(curvature)
     assert use is not None
     owners = torch.arange(12).reshape(6, 2).repeat_interleave(4, 1)
     codes, start = (value / 0.4).round(), torch.full((12,), 0.4)
@@ -304,7 +305,7 @@ def test_scales_are_fitted_to_the_codes_as_exactly_as_by_solving_for_them() -> N
     slopes = use.gradients[0] @ per_scale @ use.inputs[0]
     hessian = torch.einsum("kij,lij->kl", slopes, per_scale)
     best = torch.linalg.solve(hessian, (slopes * value).sum((1, 2)))
-    fitted = _fitted(use, codes, value, start, owners)
+    fitted = fitted_scales(use, codes, value, start, owners)
     found, least, first = (float(use.quadratic(codes * scale[owners] - value)) for scale in (fitted, best, start))
     assert found - least < 0.05 * (first - least), (found, least, first)
 
