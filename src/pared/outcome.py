@@ -164,7 +164,8 @@ def _predicted_measured(best: Trial, job: Job, macs: float) -> list[dict[str, An
     references = damage.references(best.way.model, job.task, batches)
     twin = duplicate(best.way.model)
     rows = []
-    for option in chosen:
+    for number, option in enumerate(chosen):
+        job.progress({"doing": "measuring layers one by one", "done": number, "total": len(chosen)})
         if option.technique is None:
             continue
         site = replace(option.site, root=twin)

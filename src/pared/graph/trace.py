@@ -43,9 +43,9 @@ def trace(
     call = _Call(model, args, dict(kwargs or {}))
     axes = call.axes(dynamic or {})
     with _undisturbed(model), paused():
-        if (few := call.few()) is not None:
+        if (smaller := call.few()) is not None:
             with contextlib.suppress(ParedError):
-                program = _freest(model, few, axes)
+                program = _freest(model, smaller, axes)
                 if program.static_reason is None:
                     return program
         return _freest(model, call, axes)
