@@ -24,12 +24,14 @@ from pared.job import Job
 from pared.measurement import Measurement
 from pared.search import Search, margin
 from pared.site import duplicate
-from pared.task import batch_size
+from pared.task import batch_size, float_outputs
 from pared.technique import value_at
 from pared.trials import Trial
 
 MEASURED, MEASURED_MACS = (8, 48), 1e13
 """How many options are measured one by one at the end, at least and at most, and the multiply-adds that may take."""
+MOST_NUMBERS = 2**27
+"""Of the original's outputs that are kept for that: a language model gives a vocabulary for every position."""
 
 
 def describe(
@@ -160,7 +162,9 @@ def _predicted_measured(best: Trial, job: Job, macs: float) -> list[dict[str, An
         return []
     n_options = int(min(max(MEASURED_MACS / (N_MEASURED * max(macs, 1.0)), MEASURED[0]), MEASURED[1]))
     chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:n_options]
-    batches = damage.held_out(job.task, N_MEASURED)
+    one = damage.references(best.way.model, job.task, damage.held_out(job.task, 1))
+    n_numbers = sum(each.numel() for outputs in one for each in float_outputs(outputs))
+    batches = damage.held_out(job.task, max(8, min(N_MEASURED, MOST_NUMBERS // max(1, n_numbers))))
     references = damage.references(best.way.model, job.task, batches)
     twin = duplicate(best.way.model)
     rows = []
