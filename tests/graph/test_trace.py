@@ -342,7 +342,7 @@ def test_a_large_batch_is_traced_with_two_of_its_examples():
     model, seen = nn.Sequential(nn.Linear(6, 3), nn.ReLU()), []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
     program = trace(model, (R(64, 6),))
-    assert sorted(n for n in seen if type(n) is int) == [1, 2]  # the export's own is a symbol
+    assert [n for n in seen if type(n) is int] == [1]  # the export's own is a symbol
     assert program.static_reason is None
     (x,), kwargs = few(model, program, (R(64, 6),))
     assert x.shape == (2, 6)

@@ -48,7 +48,7 @@ class Channels:
 
     Args:
         model: in eval mode; it is not changed.
-        args, kwargs: an example call; of a batch that is free, two examples are used.
+        args, kwargs: an example call; of a batch that is free, one or two examples are used.
         rewrite: groups whose sizes the model's code computes for itself may be cut too: the model then runs as its
             program, no longer as its code.
 
@@ -62,6 +62,7 @@ class Channels:
         self.model, self.rewrite = model, rewrite
         self.program = trace(model, args, kwargs)
         self.args, self.kwargs = few(model, self.program, args, kwargs)
+        self._one = few(model, self.program, args, kwargs, n=1)
         self.axes = Axes(self.program, held(model, self.program), self.args, self.kwargs)
         self.trials = 0
         self._tied: set[str] = set()
@@ -295,7 +296,7 @@ class Channels:
         try:
             with torch.no_grad():
                 program = cut_program(self.program, self.axes, self.going(masks))
-                expected = program.module(held(plain, program))(*self.args, **self.kwargs)
+                expected = program.module(held(plain, program))(*self._one[0], **self._one[1])
         except ParedError as error:
             return None, _first_line(error)
         if self.rewrite:
@@ -307,7 +308,7 @@ class Channels:
             handles.append(module.register_forward_hook(lambda m, a, o: stack.remove(stack[-1])))
         try:
             with torch.no_grad():
-                got = twin(*_clones(self.args), **_clones(self.kwargs))
+                got = twin(*_clones(self._one[0]), **_clones(self._one[1]))
         except Exception as error:
             return stack[-1] if stack else "", _first_line(error)
         finally:
