@@ -199,13 +199,14 @@ def codec(title: str) -> Callable[[Any], list[tuple[str, str]]]:
 
 def integers(found: Any) -> list[tuple[str, str]]:
     total = found["total"]
+    peer = total["nncodec"]
     return [
         (
-            f"Context coder beside nncodec's, {found['tensors']} tensors of integers",
-            f"{found['mean_ratio']['context']:.3f} of its bytes (geometric mean); encodes "
-            f"{total['nncodec']['encode_s'] / total['context']['encode_s']:.1f}, decodes "
-            f"{total['nncodec']['decode_s'] / total['context']['decode_s']:.1f} times as fast",
+            f"{title} beside nncodec's, {found['tensors']} tensors of integers",
+            f"{total[coder]['bytes'] / peer['bytes']:.4f} of its bytes; encodes {peer['encode_s'] / total[coder]['encode_s']:.1f}, "
+            f"decodes {peer['decode_s'] / total[coder]['decode_s']:.1f} times as fast",
         )
+        for coder, title in (("context", "Context coder"), ("rans", "rANS"))
     ]
 
 
