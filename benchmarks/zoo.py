@@ -217,7 +217,7 @@ def one(name: str, checks: Sequence[str] = CHECKS) -> dict[str, Any]:
     row["after"] = {"parameters": n_parameters(small), "macs": macs_of(small, args, kwargs)}
     gone = masks(options, graph)
     with torch.no_grad():
-        row["oracle"] = difference(small(*graph.args, **graph.kwargs), zeroed(graph, gone))
+        row["oracle"] = difference(small(*args, **kwargs), zeroed(graph, gone))
     program = graph.cut_program(graph.going(gone))
     attach_(small, Record(edits=edits, example=(args, kwargs), program=program))
     finish(row, small, args, kwargs, checks)
@@ -244,7 +244,7 @@ def rewritten(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     row: dict[str, Any] = {"seconds": {}, "after": {"parameters": n_parameters(small), "macs": macs_of(small, args, kwargs)}}
     row["before"] = {"parameters": n_parameters(model), "macs": macs_of(model, args, kwargs)}
     with torch.no_grad():
-        row["oracle"] = difference(small(*graph.args, **graph.kwargs), zeroed(graph, gone))
+        row["oracle"] = difference(small(*args, **kwargs), zeroed(graph, gone))
     finish(row, small, args, kwargs, CHECKS)
     return row
 

@@ -88,11 +88,11 @@ def train(net: nn.Module, train: sources.ArrayLoader, val: sources.ArrayLoader, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=EPOCHS, required=True)
-    parser.add_argument("--data", default="fashion-mnist", help="fashion-mnist:DIR if the files are elsewhere")
+    parser.add_argument("--data", default="fashion-mnist", help="fashion-mnist:DIR if the files are elsewhere; mnist:DIR, mnist-5k")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="default: 40 for lenet_300_100, 12 for lenet_5")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: weights/NET-seedSEED.safetensors beside this file")
+    parser.add_argument("--out", type=Path, help="default: weights/NET[-DATA]-seedSEED.safetensors beside this file")
     given = parser.parse_args()
 
     torch.set_num_threads(given.threads)
@@ -105,7 +105,9 @@ def main() -> None:
     net = folded(net)
     seconds = time.perf_counter() - began
 
-    out = given.out or lenet.WEIGHTS / f"{given.net}-seed{given.seed}.safetensors"
+    kind = given.data.partition(":")[0]
+    stem = given.net if kind == "fashion-mnist" else f"{given.net}-{kind}"
+    out = given.out or lenet.WEIGHTS / f"{stem}-seed{given.seed}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, out)
     print(f"{given.net} seed {given.seed}: test {accuracy(net, task.test):.2f} %, {seconds:.0f} s, saved to {out}")

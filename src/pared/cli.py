@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import sys
@@ -190,9 +189,12 @@ def export(
 ) -> None:
     """Export a file for a runtime, checked against our own output."""
     from pared import artifact, runtimes, sources
+    from pared.record import record_of
     from pared.sources.text import loaded_tokenizer
 
     target = out or file.with_suffix({"openvino": ".xml", "compressed-tensors": ""}.get(to, f".{to}"))
+    if to == "safetensors" and model is not None:
+        raise InputError("safetensors are written without the model; leave --model out")
     if to == "safetensors":
         artifact.unpack(file, target)
         typer.echo(f"{target}: {target.stat().st_size / 1e6:.3f} MB")
@@ -203,10 +205,15 @@ def export(
         written = runtimes.export(file, target, to=to, opset=opset)
     else:
         net, facts = sources.model(model)
-        written = runtimes.export(artifact.load(file, net), target, to=to, opset=opset)
-        if to == "compressed-tensors" and facts.tokenizer is not None:
-            with contextlib.suppress(InputError):  # a network without a tokenizer is exported all the same
+        loaded = artifact.load(file, net)
+        record = record_of(loaded)
+        known = None if record is not None and record.example is not None else facts.example or facts.example_kwargs or None
+        written = runtimes.export(loaded, target, to=to, example=known, opset=opset)
+        if to == "compressed-tensors":
+            try:
                 loaded_tokenizer(facts).save_pretrained(target)
+            except InputError as error:
+                typer.echo(f"without a tokenizer: {error}", err=True)
     typer.echo(f"{target}: {written.file_bytes / 1e6:.3f} MB, error {written.max_relative_error:.2g} of the largest output")
 
 

@@ -24,14 +24,12 @@ from pared.job import Job
 from pared.measurement import Measurement
 from pared.search import Search, margin
 from pared.site import duplicate
-from pared.task import batch_size, float_outputs
+from pared.task import batch_size
 from pared.technique import value_at
 from pared.trials import Trial
 
 MEASURED, MEASURED_MACS = (8, 48), 1e13
 """How many options are measured one by one at the end, at least and at most, and the multiply-adds that may take."""
-MOST_NUMBERS = 2**27
-"""Of the original's outputs that are kept for that: a language model gives a vocabulary for every position."""
 
 
 def describe(
@@ -160,11 +158,10 @@ def _predicted_measured(best: Trial, job: Job, macs: float) -> list[dict[str, An
     """The options that harm most, each measured by itself: fewer of a network that takes many multiply-adds an example."""
     if best.way.graph is not None:  # what layers make up for is in the prediction, but not in a cut alone
         return []
-    n_options = int(min(max(MEASURED_MACS / (N_MEASURED * max(macs, 1.0)), MEASURED[0]), MEASURED[1]))
+    n_examples = damage.kept(best.way.model, job.task, N_MEASURED)
+    n_options = int(min(max(MEASURED_MACS / (n_examples * max(macs, 1.0)), MEASURED[0]), MEASURED[1]))
     chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:n_options]
-    one = damage.references(best.way.model, job.task, damage.held_out(job.task, 1))
-    n_numbers = sum(each.numel() for outputs in one for each in float_outputs(outputs))
-    batches = damage.held_out(job.task, max(8, min(N_MEASURED, MOST_NUMBERS // max(1, n_numbers))))
+    batches = damage.held_out(job.task, n_examples)
     references = damage.references(best.way.model, job.task, batches)
     twin = duplicate(best.way.model)
     rows = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from pared.budget import damage
 from pared.budget.calibrate import gather
 from pared.budget.damage import held_out, measure, references
 from pared.budget.probe import _rounded, correct_
@@ -105,3 +106,13 @@ def test_held_out_examples_are_the_first_of_the_validation_data():
     task = Task(train=[(x, None)], val=[(x[:4], None), (x[4:8], None), (x[8:], None)])
     assert torch.equal(torch.cat([inputs for inputs, _ in held_out(task, 6)]), x[:6])
     assert torch.equal(torch.cat([inputs for inputs, _ in held_out(task, 50)]), x)
+
+
+def test_of_wide_outputs_fewer_examples_are_kept_one_at_least(monkeypatch):
+    batches = [(torch.zeros(10, 1), torch.zeros(10, 50))]
+    model, task = nn.Linear(1, 50), Task(train=batches, val=batches)
+    assert damage.kept(model, task, 10) == 10
+    monkeypatch.setattr(damage, "MOST_NUMBERS", 120)
+    assert damage.kept(model, task, 10) == 2
+    monkeypatch.setattr(damage, "MOST_NUMBERS", 20)
+    assert damage.kept(model, task, 10) == 1

@@ -13,7 +13,6 @@ from torch import nn
 
 from pared.errors import InputError, TraceError
 from pared.graph import Dynamic, Program, trace
-from pared.graph.trace import few
 
 
 def all_tensors(model: nn.Module, program: Program) -> dict[str, torch.Tensor]:
@@ -336,17 +335,6 @@ def test_a_batch_that_the_model_fixes_keeps_its_size():
     assert program.static_reason == "the model fixes the size of the batch"
     with pytest.raises(InputError, match=r"must have shape \(7, 6\), got \(2, 6\)"):
         module(R(2, 6))
-
-
-def test_a_large_batch_is_traced_with_two_of_its_examples():
-    model, seen = nn.Sequential(nn.Linear(6, 3), nn.ReLU()), []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    program = trace(model, (R(64, 6),))
-    assert [n for n in seen if type(n) is int] == [1]  # the export's own is a symbol
-    assert program.static_reason is None
-    (x,), kwargs = few(model, program, (R(64, 6),))
-    assert x.shape == (2, 6)
-    assert not kwargs
 
 
 class DataDependent(nn.Module):

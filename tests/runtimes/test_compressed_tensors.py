@@ -74,6 +74,8 @@ def test_a_file_is_exported_by_command_with_the_class_and_tokenizer_of_its_model
     arguments = ["export", str(tmp_path / "small.pared"), "--to", "compressed-tensors"]
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, InputError) and "--model hf:NAME" in str(refused.exception)
+    alone = CliRunner().invoke(app, [*arguments[:3], "safetensors", "--model", "hf:any"])
+    assert isinstance(alone.exception, InputError) and "leave --model out" in str(alone.exception)
     done = CliRunner().invoke(app, [*arguments, "--model", f"hf:{tmp_path / 'dense'}"], catch_exceptions=False)
     assert done.exit_code == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()

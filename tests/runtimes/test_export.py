@@ -62,6 +62,32 @@ def test_keyword_inputs_and_several_outputs(tmp_path):
     assert found.dynamic and found.max_abs_error < 1e-6
 
 
+def test_a_parameter_that_is_an_output_keeps_its_type(tmp_path):
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.offset = nn.Linear(4, 3), nn.Parameter(torch.randn(3))
+
+        def forward(self, x):
+            return self.layer(x), self.offset
+
+    model, x = Given().eval(), torch.randn(2, 4)
+    assert runtimes.export(model, tmp_path / "m.onnx", example=x).max_abs_error < 1e-5
+    np.testing.assert_allclose(runtimes.run(tmp_path / "m.onnx", x.numpy())[1], model.offset.detach())
+
+
+def test_what_operators_do_anyway_is_not_said(tmp_path):
+    import onnx
+
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, stride=2, dilation=2, padding=2, groups=2), nn.ConvTranspose2d(4, 2, 3)
+    runtimes.export(nn.Sequential(*layers).eval(), tmp_path / "m.onnx", example=torch.randn(1, 3, 12, 12))
+    written = onnx.load(tmp_path / "m.onnx")
+    said = [{attribute.name for attribute in node.attribute} for node in written.graph.node]
+    assert not {"group", "strides", "dilations", "auto_pad"} & said[0]
+    assert {"group", "strides", "dilations"} <= said[1]
+    assert not written.graph.metadata_props and not written.graph.value_info
+
+
 def test_recurrent_and_attention_layers_are_exported(tmp_path):
     class Mixed(nn.Module):
         def __init__(self):

@@ -15,6 +15,8 @@ from pared.errors import InputError
 from pared.site import Decoded, Site
 from pared.task import Batch, Task, batch_size, class_logits, float_outputs, in_order, output_weights, take
 
+MOST_NUMBERS = 2**27
+"""Of reference outputs that are kept at a time, one example's at least: a language model gives a vocabulary for every position."""
 IGNORED = -100
 """The target that cross entropy leaves out."""
 
@@ -62,6 +64,13 @@ def held_out(task: Task, n_examples: int) -> list[Batch]:
         if n_examples <= 0:
             break
     return batches
+
+
+def kept(model: nn.Module, task: Task, n_examples: int) -> int:
+    """As many examples, or fewer if the model's outputs for them are too many numbers to be kept."""
+    one = references(model, task, held_out(task, 1))
+    n_numbers = sum(each.numel() for outputs in one for each in float_outputs(outputs))
+    return max(1, min(n_examples, MOST_NUMBERS // max(1, n_numbers)))
 
 
 def references(model: nn.Module, task: Task, batches: Sequence[Batch]) -> list[Any]:

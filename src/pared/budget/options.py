@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pared import store
-from pared.budget.damage import held_out, measure, references
+from pared.budget.damage import held_out, kept, measure, references
 from pared.place import Refusal, bytes_of
 from pared.site import Site, tensor_sites
 from pared.statistics import Statistics
@@ -304,7 +304,7 @@ class _Gauge:
         if self.task is None:
             raise ValueError("damage is measured on a task's validation data; there is no task")
         if self._data is None:
-            batches = held_out(self.task, self.n_examples)
+            batches = held_out(self.task, kept(self.model, self.task, self.n_examples))
             self._data = batches, references(self.model, self.task, batches)
         return measure(self.model, site, parts, self.task, *self._data)
 

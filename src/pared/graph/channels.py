@@ -24,7 +24,7 @@ from pared.graph.operators import Ref, find
 from pared.graph.program import Node, Program
 from pared.graph.provenance import Provenance
 from pared.graph.sizes import Sizes
-from pared.graph.trace import few, trace
+from pared.graph.trace import trace
 from pared.site import duplicate
 
 TOLERANCE = 1e-4
@@ -48,7 +48,7 @@ class Channels:
 
     Args:
         model: in eval mode; it is not changed.
-        args, kwargs: an example call; of a batch that is free, one or two examples are used.
+        args, kwargs: an example call.
         rewrite: groups whose sizes the model's code computes for itself may be cut too: the model then runs as its
             program, no longer as its code.
 
@@ -59,16 +59,14 @@ class Channels:
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, rewrite: bool = False
     ) -> None:
-        self.model, self.rewrite = model, rewrite
-        self.program = trace(model, args, kwargs)
-        self.args, self.kwargs = few(model, self.program, args, kwargs)
-        self._one = few(model, self.program, args, kwargs, n=1)
-        self.axes = Axes(self.program, held(model, self.program), self.args, self.kwargs)
+        self.model, self.args, self.kwargs, self.rewrite = model, args, dict(kwargs or {}), rewrite
+        self.program = trace(model, args, self.kwargs)
+        self.axes = Axes(self.program, held(model, self.program), args, self.kwargs)
         self.trials = 0
         self._tied: set[str] = set()
         self._sizes = Sizes(model, self.axes)
         if not rewrite:
-            self._sizes.relate(Provenance(self.program, self.axes.shapes, model, self.args, self.kwargs))
+            self._sizes.relate(Provenance(self.program, self.axes.shapes, model, args, self.kwargs))
         self._find()
         self._settle()
 
@@ -296,7 +294,7 @@ class Channels:
         try:
             with torch.no_grad():
                 program = cut_program(self.program, self.axes, self.going(masks))
-                expected = program.module(held(plain, program))(*self._one[0], **self._one[1])
+                expected = program.module(held(plain, program))(*self.args, **self.kwargs)
         except ParedError as error:
             return None, _first_line(error)
         if self.rewrite:
@@ -308,7 +306,7 @@ class Channels:
             handles.append(module.register_forward_hook(lambda m, a, o: stack.remove(stack[-1])))
         try:
             with torch.no_grad():
-                got = twin(*_clones(self._one[0]), **_clones(self._one[1]))
+                got = twin(*_clones(self.args), **_clones(self.kwargs))
         except Exception as error:
             return stack[-1] if stack else "", _first_line(error)
         finally:

@@ -112,7 +112,8 @@ for _name in ("mul", "floordiv"):
 
 @final
 class Provenance:
-    """The numbers of a program with their origins, from one run of the model with numbers that remember.
+    """The numbers of a program with their origins, from one run of the model with numbers that remember, on the meta device
+    where that goes.
 
     The run is aligned with the program by the kinds and the shapes of what is computed, in order.
 
@@ -126,10 +127,7 @@ class Provenance:
         self, program: Program, shapes: list[Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         self.program, self.shapes = program, shapes
-        try:
-            self.calls = _calls(meta_copy(model), _on_meta(args), _on_meta(kwargs))
-        except Exception:  # whatever the model's code asks of its values that only real ones have
-            self.calls = _calls(model, _clones(args), _clones(kwargs))
+        self.calls = _calls_on_meta(model, args, kwargs) or _calls(model, _clones(args), _clones(kwargs))
         self._compared = list(Number.compared)
         self.values = self._align()
 
@@ -175,6 +173,16 @@ class Provenance:
             return Combined(origin.op, self._resolved(origin.left), self._resolved(origin.right), origin.sizes)
         found: Origin = origin
         return found
+
+
+def _calls_on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[_Called]:
+    """The same without computing anything; none where the model's code asks for values, or somebody's hooks would see none."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return []
+    try:
+        return _calls(meta_copy(model), _on_meta(args), _on_meta(kwargs))
+    except Exception:  # whatever the model's code does with its values
+        return []
 
 
 def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[_Called]:

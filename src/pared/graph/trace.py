@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import io
@@ -23,9 +22,6 @@ from pared.graph.substitutes import Substitutes
 
 AxisKey = int | str | tuple[int | str, ...]
 
-FEW = 2
-"""Examples of a larger batch that are enough to trace a model; one would do, but export takes 1 for a constant."""
-
 
 def trace(
     model: nn.Module,
@@ -43,60 +39,33 @@ def trace(
     call = _Call(model, args, dict(kwargs or {}))
     axes = call.axes(dynamic or {})
     with _undisturbed(model), paused():
-        if (smaller := call.few(FEW)) is not None:
-            with contextlib.suppress(ParedError):
-                program = _freest(model, smaller, axes)
-                if program.static_reason is None:
-                    return program
-        return _freest(model, call, axes)
-
-
-def few(
-    model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, n: int = FEW
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example call of a traced model with n examples of its batch, where that is free and holds more."""
-    call = _Call(model, args, dict(kwargs or {}))
-    free = [program.inputs[k].shape[0] for k in call.batch_leaders]
-    symbol = next((axis.symbol for axis in free if isinstance(axis, Dynamic)), None)
-    if symbol is None:
-        return args, dict(kwargs or {})
-    found = call.rebuild(_narrowed(program, call.tensors, symbol, max(n, program.symbols[symbol].smallest)))
-    return tuple(found[0]), found[1]
-
-
-def _freest(model: nn.Module, call: _Call, axes: list[set[int]]) -> Program:
-    """The program of the first attempt that leaves the batch free, or else of the first that gives one."""
-    if (first := call.few(1)) is not None:
-        with contextlib.suppress(TraceError):
-            call.outputs(model, first.tensors)
-    if not call.known:
-        call.outputs(model, call.tensors)
-    errors: list[ParedError] = []
-    fixed: Program | None = None
-    for attempt in _attempts(model, call, axes):
-        if fixed is not None and attempt.leader is None:
-            break
-        try:
-            program, batch_symbol = _traced(model, call, attempt)
-        except TraceError as error:
-            errors.append(error)
-            continue
-        if batch_symbol is not None or not call.batch_leaders:
-            return program
-        fixed = fixed or program
-    if fixed is None:
-        raise errors[0]
-    reason = "the model has no graph for a free batch" if errors else "the model fixes the size of the batch"
-    return Program(
-        fixed.parameters,
-        fixed.inputs,
-        fixed.symbols,
-        fixed.states,
-        fixed.nodes,
-        fixed.outputs,
-        fixed.constants,
-        reason,
-    )
+        expected = _Outputs(_run(model, call, call.tensors))
+        errors: list[ParedError] = []
+        fixed: Program | None = None
+        for attempt in _attempts(model, call, axes):
+            if fixed is not None and attempt.leader is None:
+                break
+            try:
+                program, batch_symbol = _traced(model, call, attempt, expected)
+            except TraceError as error:
+                errors.append(error)
+                continue
+            if batch_symbol is not None or not call.batch_leaders:
+                return program
+            fixed = fixed or program
+        if fixed is None:
+            raise errors[0]
+        reason = "the model has no graph for a free batch" if errors else "the model fixes the size of the batch"
+        return Program(
+            fixed.parameters,
+            fixed.inputs,
+            fixed.symbols,
+            fixed.states,
+            fixed.nodes,
+            fixed.outputs,
+            fixed.constants,
+            reason,
+        )
 
 
 @final
@@ -225,7 +194,6 @@ class _Call:
         except TypeError as error:
             raise InputError(f"the example does not fit the forward of {self.model_name}: {error}") from error
         self.tensors: list[Tensor] = []
-        self.known: dict[tuple[tuple[int, ...], ...], _Outputs] = {}
         self.paths: list[tuple[int | str, ...]] = []
         self.parameters: list[Parameter] = []
         self.positions: dict[tuple[int | str, ...], int] = {}
@@ -277,22 +245,6 @@ class _Call:
             f"the input {_dotted(path)} of {self.model_name} must be made of tensors, numbers, texts, tuples, lists "
             f"and dicts, got {type(value).__name__}; pass its tensors instead"
         )
-
-    def few(self, n: int) -> _Call | None:
-        """The same call with n examples, if its first tensor and those like it seem to hold a larger batch."""
-        sizes = [self.tensors[k].shape[0] for k in self.batch_leaders[:1]]
-        if not sizes or sizes[0] <= n:
-            return None
-        found = copy.copy(self)
-        found.tensors = [t[:n].contiguous() if t.dim() and t.shape[0] == sizes[0] else t for t in self.tensors]
-        return found
-
-    def outputs(self, model: nn.Module, tensors: Sequence[Tensor]) -> _Outputs:
-        """What the model gives for the first examples of this call, run once for each number of them."""
-        shapes = tuple(tuple(t.shape) for t in tensors)
-        if shapes not in self.known:
-            self.known[shapes] = _Outputs(_run(model, self, tensors))
-        return self.known[shapes]
 
     def axes(self, dynamic: Mapping[AxisKey, Iterable[int]]) -> list[set[int]]:
         """For every tensor, the axes that the caller asked to be free."""
@@ -413,7 +365,7 @@ class _Flat(nn.Module):
         return tuple(outputs.tensors)
 
 
-def _traced(model: nn.Module, call: _Call, attempt: _Attempt) -> tuple[Program, int | None]:
+def _traced(model: nn.Module, call: _Call, attempt: _Attempt, expected: _Outputs) -> tuple[Program, int | None]:
     """The program of one export, checked against the model, and the symbol of the batch axis if that is free."""
     recorded: list[_Outputs] = []
     flat = _Flat(model, call, recorded.append)
@@ -457,10 +409,8 @@ def _traced(model: nn.Module, call: _Call, attempt: _Attempt) -> tuple[Program, 
     except ArtifactError as error:
         raise TraceError(f"{call.model_name} has no graph that can be stored: {error}") from error
     root = program.root(dict(named_state(model))).to(call.tensors[0].device)
-    one = None if batch_symbol is None else _works_for_one(program, root, model, call, attempt.tensors, batch_symbol)
-    if not one:
-        _verify(program, root, call, call.tensors, call.outputs(model, call.tensors))
-    if one is False and batch_symbol is not None:
+    _verify(program, root, call, call.tensors, expected)
+    if batch_symbol is not None and not _works_for_one(program, root, model, call, attempt.tensors, batch_symbol):
         old = symbols.table[batch_symbol]
         symbols.table[batch_symbol] = dataclasses.replace(old, smallest=max(2, old.smallest))
         program = build()
@@ -492,25 +442,19 @@ def _agree(found: Any, expected: Any) -> bool:
 
 def _works_for_one(
     program: Program, root: nn.Module, model: nn.Module, call: _Call, tensors: Sequence[Tensor], symbol: int
-) -> bool | None:
-    """Whether the program is right for one example, which export never tries; None where the model runs on no single one."""
-    single = _narrowed(program, tensors, symbol, 1)
+) -> bool:
+    """Whether the program is right for one example, which export never tries."""
+    single = list(tensors)
+    for k, given in enumerate(program.inputs):
+        for axis, size in enumerate(given.shape):
+            if size == Dynamic(symbol):
+                single[k] = single[k].narrow(axis, 0, 1).contiguous()
     try:
-        expected = call.outputs(model, single)
+        expected = _Outputs(_run(model, call, single))
     except TraceError:
-        return None
+        return True
     try:
         _verify(program, root, call, single, expected)
     except TraceError:
         return False
     return True
-
-
-def _narrowed(program: Program, tensors: Sequence[Tensor], symbol: int, n: int) -> list[Tensor]:
-    """The inputs with at most the first n positions on every axis that is the symbol's."""
-    found = list(tensors)
-    for k, given in enumerate(program.inputs):
-        for axis, size in enumerate(given.shape):
-            if size == Dynamic(symbol):
-                found[k] = found[k].narrow(axis, 0, min(n, found[k].shape[axis])).contiguous()
-    return found

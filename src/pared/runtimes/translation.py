@@ -288,8 +288,10 @@ def _strip(model: Any) -> None:
                 value.shape, value.type = None, None
     for name, value in list(model.graph.initializers.items()):
         value.metadata_props.clear()
+        if value in results:
+            continue
         value.shape, value.type = None, None
-        if not value.uses() and value not in results:
+        if not value.uses():
             del model.graph.initializers[name]
         elif (short := _short(name)) not in model.graph.initializers:
             value.name = short

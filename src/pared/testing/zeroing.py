@@ -25,7 +25,7 @@ def zeroed(graph: Channels, masks: Mapping[int, np.ndarray]) -> Any:
     program changes.
 
     Args:
-        graph: the analysed network with its example, for which the outputs are.
+        graph: the analysed network with its example.
         masks: number of a group: which of its channels are removed.
     """
     program, axes, going = graph.program, graph.axes, graph.going(masks)
