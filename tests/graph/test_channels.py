@@ -11,7 +11,8 @@ from torch import nn
 import pared
 from pared import prune
 from pared.graph.channels import Channels
-from pared.graph.cutting import difference
+from pared.graph.cutting import difference, held
+from pared.graph.interpret import watch
 from pared.place import everywhere
 from pared.record import Record, attach_
 from pared.statistics import Statistics
@@ -302,6 +303,12 @@ def n_values(model):
     return sum(p.numel() for p in model.parameters())
 
 
+def shape_of(value):
+    if isinstance(value, list | tuple):
+        return [shape_of(each) for each in value]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+
+
 def halves(graph, seed):
     """Half of the channels of every group, drawn."""
     rng = np.random.default_rng(seed)
@@ -313,6 +320,9 @@ def test_a_cut_network_equals_the_original_with_those_channels_silenced(name):
     model, x = made(name)
     graph = Channels(model, (x,))
     before = model(x)
+    shapes = {}
+    watch(graph.program, held(model, graph.program), (x,), {}, lambda number, value: shapes.update({number: shape_of(value)}))
+    assert graph.axes.shapes == [shapes.get(number) for number in range(len(graph.axes.shapes))]
     for masks in (halves(graph, 0), {i: m for i, m in halves(graph, 1).items() if i % 2}):
         twin = copy.deepcopy(model)
         graph.cut_(twin, masks)
@@ -336,6 +346,14 @@ def test_a_rewritten_network_gives_the_same_without_its_code_trains_and_is_saved
     assert all(p.grad is not None for p in small.parameters())
     pared.save(small, tmp_path / "small.pared", example=x)
     assert difference(pared.load(tmp_path / "small.pared")(x), small(x)) < 1e-6
+
+
+def test_hooks_of_the_model_see_real_tensors():
+    model, x = made("residual")
+    devices = set()
+    model.stem.register_forward_hook(lambda module, args, output: devices.add(output.device.type))
+    assert Channels(model, (x,)).groups
+    assert devices == {"cpu"}
 
 
 class Stubborn(nn.Module):
