@@ -63,7 +63,10 @@ def export(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str
             'compressed-tensors, or to="onnx"'
         )
     if not held:
-        raise InputError("compressed-tensors need linear layers with integer weights, found none; use quantize.integer")
+        raise InputError(
+            "compressed-tensors need linear layers with integer weights, found none; use quantize.integer, within a smaller size "
+            "if it left them as they are"
+        )
     with tempfile.TemporaryDirectory(prefix=".pared-", dir=folder_of(path)) as scratch:
         draft = Path(scratch) / "draft"
         tensors = {k: v for k, v in model_plain.state_dict().items() if k.removesuffix(".weight") not in held}
