@@ -70,6 +70,93 @@ def test_the_damage_of_the_sweep_is_the_damage_of_the_dense_formula():
     assert float((block.importance * squares).sum()) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_following_several_ways_to_round_a_row_beats_the_best_next_weight(monkeypatch):
+    site, statistics = observed(64, 128)
+    sums = []
+    for n_paths in (1, 4, 16):
+        monkeypatch.setattr(rate_distortion, "_PATHS", n_paths)
+        technique = RateDistortion(slope=1e-4)
+        _, parts = technique.solve(site, statistics)
+        sums.append(technique.damage(site, parts, statistics) + 1e-4 * bits_of(parts))
+    assert sums[2] < sums[1] < 0.99 * sums[0]
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_weights_in_a_row_are_rounded_to_the_best_combination(trellis):
+    """Whatever a weight takes, those after it see its error, and with a trellis where they may lie: with ways to spare
+    every combination of neighbours is weighed."""
+    tile = rate_distortion._tile
+    generator = np.random.default_rng(0)
+    rates = np.zeros((rate_distortion._N_LEVELS, rate_distortion._N_SIZES))
+    none, n = np.zeros((0, 0), np.float32), 4
+    for _ in range(20):
+        weight = generator.normal(0, 1, (1, n)).astype(np.float32)
+        ua = (np.eye(n) + np.triu(generator.uniform(-1, 1, (n, n)), 1)).astype(np.float32)
+        importance = generator.uniform(0.1, 10, (1, n)).astype(np.float32)
+        zeros = [np.zeros((1, n), np.float32) for _ in range(4)]
+        found = np.zeros((1, n), np.int32)
+        ones, counts = np.ones((1, n), np.float32), np.zeros_like(rates)
+        register = np.full(1, 0 if trellis else -1)
+        tile(weight, ones, ones, importance, *zeros[:2], ua, none, 0.0, 127, 512, counts, rates, register, found, *zeros[2:])
+
+        def errors(codes, weight=weight, ua=ua):
+            row = torch.tensor([codes])
+            shifted = row - 0.5 * row.sign() * rate_distortion._shifts(row) if trellis else row
+            return (weight[:, : len(codes)] - shifted.numpy()) @ ua[: len(codes)]
+
+        def best(codes, errors=errors, importance=importance):
+            if len(codes) == n:
+                return float((importance * errors(codes) ** 2).sum())
+            target = float(errors([*codes, 0])[0, len(codes)])
+            below = int(abs(target) + (0.5 if trellis and register_of([*codes, 0])[-1] else 0.0))
+            return min(best([*codes, int(math.copysign(size, target))]) for size in {0, below, below + 1})
+
+        harm = float((importance * errors([int(code) for code in found[0]]) ** 2).sum())
+        assert harm <= best([]) * (1 + 1e-4)
+
+
+def register_of(codes):
+    """Which codes are shifted, the register written out."""
+    shifted, before = [], [0, 0, 0]
+    for code in codes:
+        shifted.append(bool(before[1]))
+        before = [(code & 1) ^ before[0] ^ before[2], before[0], before[1]]
+    return shifted
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 63, 64, 65, 300])
+def test_shifts_are_those_of_the_register(n):
+    codes = torch.randint(-9, 10, (7, n), generator=torch.Generator().manual_seed(n)).to(torch.int8)
+    assert rate_distortion._shifts(codes).tolist() == [register_of(row) for row in codes.tolist()]
+
+
+def test_a_trellis_leaves_less_damage_and_bits_together(monkeypatch):
+    site, statistics = observed(64, 300)
+    sums = []
+    for least in (math.inf, 1.0):
+        monkeypatch.setattr(rate_distortion, "_TRELLIS_FROM", least)
+        technique = RateDistortion(slope=1e-5)
+        structure, parts = technique.solve(site, statistics)
+        assert structure.trellis == (least == 1.0)
+        sums.append(technique.damage(site, parts, statistics) + 1e-5 * bits_of(parts))
+    assert sums[1] < 0.985 * sums[0]
+
+
+def test_a_trellis_follows_rows_of_several_matrices_and_is_left_out_where_it_cannot_pay():
+    site, statistics = observed(64, 128)
+    assert not RateDistortion(slope=1e-2).decide(site, statistics).trellis  # hardly any code is not zero
+    filters = torch.randn(24, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    use = Kronecker(torch.eye(9).expand(24, 9, 9).contiguous(), torch.ones(24, 1, 1), Layout((24, 1, 9), (9, 9, 1)))
+    statistics = Statistics({"weight": Curvature(filters.shape, [use])})
+    structure, parts = RateDistortion(slope=1e-5).solve(site_of(filters), statistics)
+    assert structure.trellis and float((parts() - filters).abs().max()) < 0.05
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    transposed = Kronecker(torch.eye(16)[None], torch.eye(24)[None], Layout((1, 24, 16), (384, 1, 24)))
+    statistics = Statistics({"weight": Curvature(weight.shape, [transposed])})
+    structure, parts = RateDistortion(slope=1e-5).solve(site_of(weight), statistics)
+    assert not structure.trellis and float((parts() - weight).abs().max()) < 0.05
+
+
 @pytest.mark.parametrize("slope", [1e-5, 1e-4, 1e-3])
 def test_no_plain_rounding_has_less_damage_and_bits_together(slope):
     site, statistics = observed(48, 96, seed=1)
