@@ -103,7 +103,7 @@ def apply(
                 raise InputError(f"{item} must change something, but there was nothing to rewrite; drop it")
             twin = rewritten
             continue
-        placed, refusals = place_on_network(twin, item, statistics, task if item.kind == "network" else None)
+        placed, refusals = place_on_network(twin, item, statistics, task if item.corrects else None)
         if not placed:
             reason = f": {refusals[0].path}: {refusals[0].reason}" if refusals else "; the model has no site for it"
             raise InputError(f"{item} must change something, but it changes nothing{reason}")
@@ -155,7 +155,7 @@ def everywhere(
         if reason := technique.refuse(site):
             refusals.append(Refusal(site.path, technique.name, reason, bytes_of(site)))
         else:
-            chosen.append(Option(site, technique, Cost(), 0.0, technique.solve(site, statistics)[0]))
+            chosen.append(Option(site, technique, Cost(), 0.0, technique.decide(site, statistics)))
     return chosen, refusals
 
 

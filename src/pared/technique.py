@@ -86,8 +86,8 @@ class Technique(Settings):
     acts_on: ClassVar[Tensors | Modules | Groups | Network | None] = None
     reads: ClassVar[tuple[type, ...]] = ()
     corrects: ClassVar[bool] = False
-    """Whether layers are fitted anew to what they gave before it, in order: weights by least squares after a cut, biases by
-    their means after it changed the network."""
+    """Whether layers are fitted anew to what they gave before it, in order: weights by least squares after a cut or before
+    they are coded, biases by their means after it changed the network."""
     paper: ClassVar[str] = ""
     structure_type: ClassVar[type[Structure]] = Structure
     keeps_size: ClassVar[bool] = False

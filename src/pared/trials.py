@@ -17,6 +17,7 @@ from pared.budget.allocate import Plan
 from pared.budget.biases import place_on_network
 from pared.budget.calibrate import gather
 from pared.budget.channels import Layer, Removal, partly
+from pared.budget.drift import follow_
 from pared.budget.gates import absorb_, closed, gated
 from pared.budget.layer_latency import slower
 from pared.budget.observe import observe
@@ -171,6 +172,7 @@ class Trials:
                     network = [technique for technique in after if technique.in_training and index == last]
                     new, rows, along = self._trained(model, level.options, statistics, step, number * 100 + index, network)
                 else:
+                    follow_(model, level.options, statistics, self.job.task, self.job.progress)
                     new, rows = place(model, level.options, statistics), []
                 edits += new
                 history += rows

@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pared.budget.drift import follow_
 from pared.measurement.compute import compute
-from pared.place import Refusal, place_everywhere
+from pared.place import Refusal, everywhere, place, place_everywhere
 from pared.site import duplicate
 from pared.statistics import Statistics
 from pared.task import Batch, Task, batch_size
@@ -24,7 +25,12 @@ _MACS = 1e12
 def place_on_network(
     model: nn.Module, technique: Technique, statistics: Statistics, task: Task | None
 ) -> tuple[list[Edit], list[Refusal]]:
-    """Let a technique act on the whole network, in place; where it asks for it, biases then correct what it did."""
+    """Let a technique act wherever it can, in place; where it asks for it, biases then correct what it did to the network, or
+    weights follow what coding does to the layers before them."""
+    if technique.corrects and technique.kind == "tensor":
+        chosen, refusals = everywhere(model, technique, statistics)
+        follow_(model, chosen, statistics, task)
+        return place(model, chosen, statistics), refusals
     before = duplicate(model).eval() if technique.corrects and task is not None else None
     edits, refusals = place_everywhere(model, technique, statistics)
     if edits and before is not None and task is not None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from pared.budget.damage import measure, references
 from pared.budget.options import N_MEASURED
-from pared.budget.reconstruct import reconstruct_
+from pared.budget.reconstruct import reconstruct_, whole_batch
 from pared.budget.responses import responses
 from pared.cut import Coordinates, CutStructure
 from pared.errors import BudgetError, InputError
@@ -113,9 +113,10 @@ class Removal:
         for number, gone in masks(options, self.graph).items():
             self._gone[number] = gone | self._gone.get(number, np.zeros_like(gone))
         after = self.graph.going(self._gone)
-        if before is not None and self.task is not None:
+        examples = whole_batch(self.task) if before is not None and self.task is not None else None
+        if before is not None and self.task is not None and examples is not None:
             programs = self.graph.cut_program(going), self.graph.cut_program(after)
-            reconstruct_(self.model, before, *programs, lambda k: self.graph.rows(k, going, after), self.task)
+            reconstruct_(self.model, before, *programs, lambda k: self.graph.rows(k, going, after), self.task, examples)
         return edits
 
     def program(self) -> Program:

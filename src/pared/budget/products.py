@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class Product:
         n_positions: over the whole batch.
         inputs: x at chosen positions, (groups, positions, n); for an embedding, how often each row was looked up, (n,).
         gradients: d loss / d y at chosen positions, (groups, positions, m), from the gradient of the operator's output.
+        alone: whether the operator's output at a position is y, and not a sum of several positions' (transposed
+            convolutions), so that `gradients` of the output are y.
+        added: what the operator adds to y: a bias most often, an operand, a tensor or None.
     """
 
     operand: Operand
@@ -39,6 +42,8 @@ class Product:
     inputs: Callable[[Rows], Tensor]
     gradients: Callable[[Tensor, Rows], Tensor]
     counts_macs: bool = True
+    alone: bool = True
+    added: Any = None
 
     def layout(self, shape: torch.Size) -> Layout | None:
         """Where the matrix lies in the whole tensor, of shape `shape`; None if it is not a view of it."""
@@ -64,7 +69,9 @@ def product_of(op: str, node: Node, inputs: list[Any]) -> Product | None:
     operator = find(op)
     if rule is None or operator is None:
         return None
-    return rule(operator.bind(inputs, node.kwargs if op == node.op else {}))
+    bound = operator.bind(inputs, node.kwargs if op == node.op else {})
+    product = rule(bound)
+    return product and replace(product, added=bound.get("self") if rule is _addmm else bound.get("bias"))
 
 
 def _value(thing: Any) -> Any:
@@ -172,7 +179,8 @@ def _addmm(bound: Mapping[str, Any]) -> Product | None:
     if bound.get("alpha", 1) != 1:
         return None
     names = ("batch1", "batch2") if "batch1" in bound else ("mat1", "mat2")
-    return _product(bound[names[0]], bound[names[1]])
+    product = _product(bound[names[0]], bound[names[1]])
+    return product and replace(product, alone=bound.get("beta", 1) == 1 and product.operand is bound[names[1]])
 
 
 def _embedding(bound: Mapping[str, Any]) -> Product | None:
@@ -249,6 +257,7 @@ def _transposed(bound: Mapping[str, Any]) -> Product | None:
         x.shape[0] * math.prod(count),
         lambda index: _pixels(x, groups, n, index),
         gradients,
+        alone=math.prod(kernel) == 1,
     )
 
 

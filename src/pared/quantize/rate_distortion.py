@@ -127,6 +127,7 @@ class RateDistortion(Technique):
 
     acts_on: ClassVar = Tensors(min_elements=4)
     reads: ClassVar = (Curvature,)
+    corrects: ClassVar = True
     paper: ClassVar = "arXiv:2505.18758"
     structure_type: ClassVar = RateDistortionStructure
     ladder: ClassVar = ({"slope": 1e-7}, {"slope": 3e-6}, {"slope": 3e-5})
