@@ -228,6 +228,15 @@ def test_a_module_found_at_two_paths_is_one_site() -> None:
     assert isinstance(model[0], nn.Identity) and model[0] is model[2]
 
 
+def test_a_module_with_two_names_in_one_parent_is_coded_once() -> None:
+    model = nn.Module()
+    model.first = nn.Linear(8, 8)
+    model.again = model.first
+    small = code(model)
+    assert small.first is small.again and isinstance(small.first.parametrizations.weight[0], Decoded)
+    assert len(small.first.parametrizations.weight) == 1
+
+
 def test_a_module_site_on_meta_covers_what_it_covers() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     (site,) = module_sites(model, (nn.Linear,))

@@ -278,10 +278,13 @@ def install_(site: Site, parts: nn.Module, *, cache: bool = True) -> None:
     if site.is_buffer:
         parts.requires_grad_(False)
     decoded = Decoded(parts, cache)
+    held: set[tuple[int, str]] = set()  # a module may be known under several paths
     for path in site.paths:
         parent, _, name = path.rpartition(".")
         owner = site.root.get_submodule(parent)
-        hold_(owner, name, decoded, like)
+        if (id(owner), name) not in held:
+            hold_(owner, name, decoded, like)
+        held.add((id(owner), name))
 
 
 def hold_(owner: nn.Module, name: str, decoded: nn.Module, like: Tensor) -> None:
