@@ -23,7 +23,6 @@ from pared.budget.options import N_MEASURED
 from pared.job import Job
 from pared.measurement import Measurement
 from pared.search import Search, margin
-from pared.site import duplicate
 from pared.task import batch_size
 from pared.technique import value_at
 from pared.trials import Trial
@@ -162,21 +161,21 @@ def _predicted_measured(best: Trial, job: Job, macs: float) -> list[dict[str, An
     n_options = int(min(max(MEASURED_MACS / (n_examples * max(macs, 1.0)), MEASURED[0]), MEASURED[1]))
     chosen = sorted(best.plan.options, key=lambda option: -option.damage)[:n_options]
     batches = damage.held_out(job.task, n_examples)
-    references = damage.references(best.way.model, job.task, batches)
-    twin = duplicate(best.way.model)
+    model = best.way.model
+    references = damage.references(model, job.task, batches)
     rows = []
     for number, option in enumerate(chosen):
         job.progress({"doing": "measuring layers one by one", "done": number, "total": len(chosen)})
         if option.technique is None:
             continue
-        site = replace(option.site, root=twin)
+        site = replace(option.site, root=model)
         parts = option.technique.solve(site, best.way.statistics)[1]
         rows.append(
             {
                 "path": option.site.path,
                 "technique": str(option.technique),
                 "predicted": option.damage,
-                "measured": damage.measure(twin, site, parts, job.task, batches, references),
+                "measured": damage.measure(model, site, parts, job.task, batches, references),
             }
         )
     return rows

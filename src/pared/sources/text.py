@@ -66,7 +66,8 @@ def log_likelihood(outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor
     logits, targets = class_logits(outputs, batch)
     if targets is None:
         raise InputError("the likelihood of text needs targets, the next tokens; give batches of (inputs, targets)")
-    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=-100)
+    pairs = zip(logits, targets, strict=True)  # one window at a time: vocabularies are large
+    losses = torch.stack([F.cross_entropy(l.movedim(0, -1).float(), t, reduction="none", ignore_index=-100) for l, t in pairs])
     return -losses.flatten(1).sum(1), (targets != -100).flatten(1).sum(1)
 
 
