@@ -328,10 +328,11 @@ class _Plan:
 
     def codes(self, slope: float) -> np.ndarray:
         """Integers in the order of the rows, flat."""
-        sizes = np.abs(self.weight) / self.steps
-        if float(np.median(sizes)) > _FINEST and not self.trellis:
-            return np.rint(self.weight / self.steps).astype(np.int32).clip(-self.most, self.most)
-        codes = np.rint(np.sign(self.weight) * np.maximum(sizes - 0.2, 0)).astype(np.int32)
+        sizes = self.weight / self.steps
+        if float(np.median(np.abs(sizes))) > _FINEST and not self.trellis:
+            return np.rint(sizes).astype(np.int32).clip(-self.most, self.most)
+        codes = np.rint(np.sign(sizes) * np.maximum(np.abs(sizes) - 0.2, 0)).astype(np.int32)
+        del sizes
         if not codes.any():
             return codes
         counts = np.zeros((_N_LEVELS, _N_SIZES))
@@ -361,29 +362,36 @@ def _expected(codes: np.ndarray) -> np.ndarray:
 
 def _sweep_block(plan: _Plan, block: _Block, slope: float, expected: np.ndarray, counts: np.ndarray, codes: np.ndarray) -> None:
     """Round one matrix, tile by tile; matrix products carry errors from tile to tile."""
-    weight, steps, expected = (x[block.places] for x in (plan.weight, plan.steps, expected))
-    m, n = weight.shape
-    left, error = np.zeros((m, n), np.float32), np.zeros((m, n), np.float32)  # W - W', and (W - W') ua
-    found = np.zeros((m, n), np.int32)
+    m, n = block.places.shape
+    left = None if block.ua is None else np.zeros((m, n), np.float32)  # W - W'
+    error = None if block.ug is None else np.zeros((m, n), np.float32)  # (W - W') ua
     rates = np.zeros((_N_LEVELS, _N_SIZES))
     tile, n_paths = _compiled_tile(), _PATHS if plan.weight.size < _MANY else _FEWER_PATHS
     registers = np.full(m, 0 if plan.trellis else -1)
+    none = np.zeros((0, 0), np.float32)
     for start in range(0, n, _TILE[1]):
         columns = slice(start, min(start + _TILE[1], n))
         carried = np.zeros((m, columns.stop - start), np.float32)
-        if block.ua is not None and start:
+        if block.ua is not None and left is not None and start:
             carried = left[:, :start] @ block.ua[:start, columns]
+        ua = none if block.ua is None else np.ascontiguousarray(block.ua[columns, columns])
         for top in range(0, m, _TILE[0]):
             rows = slice(top, min(top + _TILE[0], m))
-            above = np.zeros((rows.stop - top, columns.stop - start), np.float32)
-            if block.ug is not None and top:
+            places = block.places[rows, columns]
+            above = np.zeros(places.shape, np.float32)
+            if block.ug is not None and error is not None and top:
                 above = block.ug[:top, rows].T @ error[:top, columns]
-            ua = np.zeros((0, 0), np.float32) if block.ua is None else np.ascontiguousarray(block.ua[columns, columns])
-            ug = np.zeros((0, 0), np.float32) if block.ug is None else block.ug[rows, rows]
-            arguments = (weight, steps, expected, block.importance)
-            tile(*(x[rows, columns] for x in arguments), carried[rows], above, ua, ug, slope, plan.most, n_paths, counts, rates,
-                 registers[rows], found[rows, columns], left[rows, columns], error[rows, columns])  # fmt: skip
-    codes[block.places.reshape(-1)] = found.reshape(-1)
+            ug = none if block.ug is None else np.ascontiguousarray(block.ug[rows, rows])
+            given = (plan.weight[places], plan.steps[places], expected[places])
+            importance = np.ascontiguousarray(block.importance[rows, columns])
+            found, left_here, error_here = (np.zeros(places.shape, kind) for kind in (np.int32, np.float32, np.float32))
+            tile(*given, importance, carried[rows], above, ua, ug, slope, plan.most, n_paths, counts, rates,
+                 registers[rows], found, left_here, error_here)  # fmt: skip
+            codes[places] = found
+            if left is not None:
+                left[rows, columns] = left_here
+            if error is not None:
+                error[rows, columns] = error_here
 
 
 def _tile(
