@@ -96,6 +96,12 @@ class Task:
         given = self._calibration is not None
         return "calibration batches given" if given else f"the first {CALIBRATION_EXAMPLES} examples of train"
 
+    @property
+    def calibration_groups(self) -> int | None:
+        """How many independent groups the calibration examples come from, None where their loader names none."""
+        groups = getattr(self.train if self._calibration is None else self._calibration, "groups", None)
+        return None if groups is None else len(set(groups.tolist() if hasattr(groups, "tolist") else groups))
+
     def calibration(self, n_examples: int | None = None) -> Iterator[Batch]:
         """Calibration batches, cut after `n_examples` examples (default: all that were given, or 512 of train)."""
         source, limit = (self._calibration, n_examples) if self._calibration is not None else (

@@ -1,5 +1,6 @@
 """Weights that follow the coded layers before them, against the least squares written out."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from pared.budget.observe import observe
 from pared.budget.reconstruct import whole_batch
 from pared.quantize import RateDistortion
 from pared.site import duplicate, plain
+from pared.sources.loader import ArrayLoader
 from pared.statistics import Statistics
 from pared.technique import Cost, Option
 
@@ -147,12 +149,16 @@ class FixedBatch(nn.Module):
         return self.layers(x.view(64, 12))
 
 
-@pytest.mark.parametrize("why", ["no graph", "fixed batch", "coded already", "too large", "few examples", "no data"])
+@pytest.mark.parametrize("why", ["no graph", "fixed batch", "coded already", "too large", "few examples", "few groups", "no data"])
 def test_networks_that_cannot_be_followed_keep_their_weights(why, monkeypatch):
     model = {"no graph": Branching, "fixed batch": FixedBatch}.get(why, net)().eval()
     technique, task = RateDistortion(slope=1e-4), task_of(128 if why == "few examples" else 256)
     if why == "coded already":
         model[0] = pared.apply(model[0], None, RateDistortion(slope=1e-2))
+    if why == "few groups":
+        x, y = (torch.cat(parts) for parts in zip(*task.train, strict=True))
+        loader = ArrayLoader(x, y, 64, groups=np.arange(256) // 4)
+        task = pared.Task(loader, loader, calibration=loader)
     options = options_of(model, technique, Statistics())
     assert options
     if why == "too large":

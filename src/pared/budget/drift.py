@@ -25,7 +25,7 @@ RIDGE = 1.0
 N_EXAMPLES, LEAST, N_JUDGED = 2048, 256, 256
 _MACS, _BYTES = 1.2e12, 4e9
 """What the examples may cost, all in one batch; where fewer than LEAST fit or are there, weights stay: few examples are
-fitted better than what they stand for."""
+fitted better than what they stand for, and so are many that come from few photographs."""
 
 
 def follow_(
@@ -65,7 +65,7 @@ def follow_(
     cost = compute(model, args, kwargs)
     affordable = batch_size(batch) * min(_MACS / max(1, cost.macs), _BYTES / max(1, cost.peak_activation_bytes))
     examples = whole_batch(task, int(min(N_EXAMPLES, affordable))) if affordable >= LEAST else None
-    if examples is None or batch_size(examples) < LEAST:
+    if examples is None or min(batch_size(examples), task.calibration_groups or LEAST) < LEAST:
         return
     original = duplicate(model).eval()
     held = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
