@@ -29,6 +29,7 @@ INTRODUCTION = """\
 software of ISO/IEC 15938-17, with dependent quantization and parameter optimisation on, its qp swept with and without `opt_qp`.
 Both code the same weights and are measured by the same function. pared's bytes are the whole file, program included; nncodec's
 are its bitstream. Bytes at equal quality are read off each codec's best points, in the logarithm of bytes between neighbours.
+EfficientNet-Lite0 is calibrated on 64 views of each of 18 photographs and measured on as many of 18 others.
 To run it: `python benchmarks/codec.py --peer PYTHON`."""
 
 
