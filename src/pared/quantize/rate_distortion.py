@@ -140,7 +140,13 @@ class RateDistortion(Technique):
     def decide(self, site: Site, statistics: Statistics) -> RateDistortionStructure:
         if site.tensor.is_meta:
             return RateDistortionStructure(rows=site.tensor.ndim > 1)
-        return self._plan(site, statistics).structure
+        plain = self._plan(site, statistics, trellis=False)
+        structure, typical = plain.structure, plain.typical
+        del plain  # it takes several times the tensor's memory
+        if typical < _TRELLIS_FROM:
+            return structure
+        better = self._plan(site, statistics, trellis=True)
+        return better.structure if _lie_in_rows(better.blocks, better.shape) else structure
 
     def build(self, site: Site, structure: Structure) -> RateDistortionDecoder:
         axis = channel_axis(site.owner)
@@ -148,31 +154,26 @@ class RateDistortion(Technique):
 
     def fit(self, site: Site, parts: nn.Module, statistics: Statistics) -> None:
         decoder = cast(RateDistortionDecoder, parts)
-        plan = self._plan(site, statistics, decoder)
+        plan = self._plan(site, statistics, decoder.trellis, decoder)
         cast(Tensor, decoder.rows).copy_(torch.from_numpy(plan.rows))
         if "columns" in decoder._buffers:
             cast(Tensor, decoder.columns).copy_(torch.from_numpy(plan.columns))
         codes = plan.codes(self.slope).reshape(_matrix_shape(decoder.shape, decoder.axis))
         cast(Tensor, decoder.codes).copy_(from_rows(torch.from_numpy(codes), decoder.shape, decoder.axis))
 
-    def _plan(self, site: Site, statistics: Statistics, decoder: RateDistortionDecoder | None = None) -> _Plan:
+    def _plan(
+        self, site: Site, statistics: Statistics, trellis: bool, decoder: RateDistortionDecoder | None = None
+    ) -> _Plan:
         axis = channel_axis(site.owner)
         weight = as_rows(site.tensor.detach().float().cpu(), axis).numpy()
         curvature = statistics.curvature(site.covers[0])
-
-        def blocks(in_place: bool) -> list[_Block]:
-            if curvature is not None:
-                return _known_blocks(curvature, axis, in_place)
+        if curvature is not None:
+            blocks = _known_blocks(curvature, axis, in_place=trellis)
+        else:
             norm = float(np.square(weight, dtype=np.float64).sum())
             everything = np.arange(weight.size).reshape(weight.shape)
-            return [_Block(everything, np.full(weight.shape, 1 / norm if norm > 0 else 1.0, np.float32), None, None)]
-
-        if decoder is not None:
-            return _Plan(weight, blocks(decoder.trellis), self.slope, decoder)
-        plan = _Plan(weight, blocks(False), self.slope)
-        if plan.typical >= _TRELLIS_FROM and _lie_in_rows(blocks(True), weight.shape):
-            plan = _Plan(weight, blocks(True), self.slope, trellis=True)
-        return plan
+            blocks = [_Block(everything, np.full(weight.shape, 1 / norm if norm > 0 else 1.0, np.float32), None, None)]
+        return _Plan(weight, blocks, self.slope, trellis, decoder)
 
 
 @dataclass
@@ -287,16 +288,16 @@ class _Plan:
         weight: np.ndarray,
         blocks: list[_Block],
         slope: float,
-        decoder: RateDistortionDecoder | None = None,
-        trellis: bool = False,
+        trellis: bool,
+        decoder: RateDistortionDecoder | None,
     ) -> None:
-        self.weight, self.blocks = weight.reshape(-1), blocks
-        self.trellis = trellis if decoder is None else decoder.trellis
+        self.weight, self.blocks, self.shape, self.trellis = weight.reshape(-1), blocks, weight.shape, trellis
         importance = np.empty(weight.size, np.float32)
         for block in blocks:
             importance[block.places.reshape(-1)] = block.importance.reshape(-1)
         least = np.maximum(importance.max() / np.float32(_WIDEST), np.float32(1e-30))
-        log = np.log2(np.maximum(importance, least), dtype=np.float32).reshape(weight.shape)
+        np.log2(np.maximum(importance, least, out=importance), out=importance)
+        log = importance.reshape(weight.shape)
         by_row, by_column = log.mean(1, dtype=np.float64), log.mean(0, dtype=np.float64)
         if decoder is None:
             has_rows, has_columns = _pays(by_row, weight.size), _pays(by_column, weight.size)
@@ -310,19 +311,19 @@ class _Plan:
         # half the slope of damage 1/2 h step^2 / 12 at high rates, where a bit quarters it
         better = _TRELLIS_DAMAGE if self.trellis else 1.0
         rows = np.atleast_1d(math.log2(12 * slope / math.log(2) / better) / 2 - mean / 2)
-        largest = np.abs(weight * np.exp2(-self.columns / np.float32(_OCTAVE))).max(1 if has_rows else None)
+        np.multiply(weight, np.exp2(-self.columns / np.float32(_OCTAVE)), out=log)
+        largest = np.abs(log, out=log).max(1 if has_rows else None)
+        del log, importance
         with np.errstate(divide="ignore"):
             rows = np.maximum(rows, np.log2(largest / _LARGEST))  # however little a bit is worth, the codes must fit
         self.rows = np.ceil(_OCTAVE * rows - 0.5).clip(-128, 127).astype(np.int8)
         down, across = (_powers().numpy()[lines.astype(np.int64) + 128] for lines in (self.rows, self.columns))
-        self.shape = weight.shape
         self.steps = np.broadcast_to(down[:, None] * across[None], weight.shape).reshape(-1)
         if decoder is None:
             sizes = np.abs(self.weight) / self.steps
-            self.typical = float(np.median(sizes))
-            self.structure = RateDistortionStructure(
-                codes="int8" if float(sizes.max()) < 100 else "int16", rows=has_rows, columns=has_columns, trellis=self.trellis
-            )
+            codes: Literal["int8", "int16"] = "int8" if float(sizes.max()) < 100 else "int16"
+            self.typical = float(np.median(sizes, overwrite_input=True))
+            self.structure = RateDistortionStructure(codes=codes, rows=has_rows, columns=has_columns, trellis=trellis)
         else:
             self.most = int(torch.iinfo(cast(Tensor, decoder.codes).dtype).max)
 
