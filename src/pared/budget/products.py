@@ -308,8 +308,17 @@ def _patches(
     if index is None:
         rows = windows.reshape(-1, padded.shape[1], *kernel)
     else:
-        rows = windows[torch.unravel_index(index, size[: 1 + axes])]
+        rows = windows[_unravelled(index, size[: 1 + axes])]
     return rows.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
+def _unravelled(index: Tensor, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Numbers of elements as one coordinate for each axis."""
+    coordinates = []
+    for length in reversed(size):
+        coordinates.append(index % length)
+        index = index // length
+    return tuple(reversed(coordinates))
 
 
 _RULES: Mapping[str, Callable[[Mapping[str, Any]], Product | None]] = {
