@@ -31,8 +31,8 @@ class Product:
         n_positions: over the whole batch.
         inputs: x at chosen positions, (groups, positions, n); for an embedding, how often each row was looked up, (n,).
         gradients: d loss / d y at chosen positions, (groups, positions, m), from the gradient of the operator's output.
-        alone: whether the operator's output at a position is y, and not a sum of several positions' (transposed
-            convolutions), so that `gradients` of the output are y.
+        alone: whether the operator's output at a position is y and `added`, so that `gradients` of the output are that: no
+            sum of several positions' y (transposed convolutions), and `added` neither scaled nor along another axis.
         added: what the operator adds to y: a bias most often, an operand, a tensor or None.
     """
 

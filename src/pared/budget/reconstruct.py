@@ -147,15 +147,12 @@ def _sample(product: Product, index: int, place: int) -> Tensor | None:
 
 def _may_be_refitted(product: Product, target: Tensor) -> bool:
     """Whether outputs are W x, and perhaps one number more for each output, of a weight that is no view."""
-    lineage, added = product.operand.lineage, _value(product.added)
+    lineage = product.operand.lineage
+    added = product.added.value if isinstance(product.added, Operand) else product.added
     if lineage is None or lineage.views or target.shape[0] != 1 or not product.alone:
         return False
     n_outputs = product.as_matrix(product.operand.value).shape[1]
     return added is None or (isinstance(added, Tensor) and added.ndim == 1 and len(added) == n_outputs)
-
-
-def _value(thing: Any) -> Any:
-    return thing.value if isinstance(thing, Operand) else thing
 
 
 def _bias(product: Product) -> Tensor | None:
